@@ -1,0 +1,1 @@
+"""Numba code: everything that is compiled."""

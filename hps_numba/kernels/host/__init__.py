@@ -1,0 +1,1 @@
+"""Numba kernels that run on the CPU without holding the GIL."""

@@ -1,0 +1,1 @@
+"""Lookup sessions, the hierarchy and what keeps it fresh."""

@@ -1,0 +1,1 @@
+"""Storage below the GPU cache."""

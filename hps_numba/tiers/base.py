@@ -1,0 +1,192 @@
+"""The contract of a storage tier.
+
+``hps_numba.tiers.testing.TierContract`` tests it; a new tier is done when it passes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """Counters of one table in one tier, since the table was opened."""
+
+    rows: int  # may be an estimate where counting would read the whole table
+    bytes: int  # memory or disk that the table's rows and index take
+    evictions: int = 0  # rows that overflow handling removed
+    refused_backfills: int = 0  # rows that were updated while they were being fetched
+    dropped_rows: int = 0  # rows that found no room
+
+
+class Tier(ABC):
+    """Storage for many tables, below the GPU cache.
+
+    Key arrays are int64, one-dimensional and contiguous, and hold each key once.
+    Row arrays have the dtype and dim that the table was opened with, are C-contiguous,
+    and are not kept: a tier copies what it stores. Every int64 is a valid key.
+
+    All methods may be called from several threads at once, except that ``close`` waits
+    for none of them. Two writers of one table are serialised by the tier, in some order.
+
+    Notes
+    -----
+    *No resurrection.* A lookup that found nothing here reads a lower tier and then gives
+    the rows to ``backfill``. Meanwhile the same keys may be updated. So a caller reads
+    ``epoch`` before the lower tier, and ``backfill`` refuses every key that was written
+    after that epoch or is held. A caller that changes several tiers holds the keys in the
+    upper ones from before it writes the lowest until it has written them all.
+    """
+
+    name: str
+    """Short name, used in statistics and errors."""
+
+    local: bool
+    """Whether asking this tier costs less than asking what is in flight."""
+
+    @abstractmethod
+    def open_table(self, spec: TableSpec, *, max_bytes: int | None = None) -> None:
+        """Create the table, or open what an earlier process left.
+
+        Parameters
+        ----------
+        spec
+            The table. Opening it twice with an equal shape is harmless.
+        max_bytes
+            Most bytes that the table may take here, if the tier has a budget.
+
+        Raises
+        ------
+        ConfigError
+            If the tier holds the table with another dim or dtype, or ``max_bytes`` is
+            too small for a single row.
+        """
+
+    @abstractmethod
+    def fetch(
+        self,
+        tag: str,
+        keys: Keys,
+        out: Rows,
+        found: Mask,
+        *,
+        budget_s: float = math.inf,
+    ) -> int:
+        """Copy the rows of known keys to ``out`` and mark them in ``found``.
+
+        Entries of ``found`` that are already true are skipped. A missing key is not an
+        error: its row of ``out`` is left as it was. Keys may repeat here.
+
+        Parameters
+        ----------
+        tag
+            Tag of an open table.
+        keys
+            int64 (n,).
+        out
+            (n, dim), in the table's dtype.
+        found
+            bool (n,), read and written.
+        budget_s
+            Seconds that the call should stay below. Soft: what is not resolved in time
+            stays unmarked.
+
+        Returns
+        -------
+        int
+            Number of entries that this call marked.
+
+        Raises
+        ------
+        UnknownTableError
+            If the table is not open.
+        TierError
+            If the tier cannot answer.
+        """
+
+    @abstractmethod
+    def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
+        """Store the newest rows of keys, replacing what is there."""
+
+    @abstractmethod
+    def delete(self, tag: str, keys: Keys) -> int:
+        """Remove keys for good and return how many were there.
+
+        Differs from ``evict`` in that a later ``backfill`` of these keys is refused.
+        """
+
+    @abstractmethod
+    def load(
+        self,
+        tag: str,
+        blocks: Iterable[RowBlock],
+        *,
+        progress: Progress | None = None,
+    ) -> int:
+        """Replace all rows of the table; of a repeated key the last row wins.
+
+        Readers see the old rows or the new ones. Backfills begun before are refused.
+
+        Returns
+        -------
+        int
+            Number of rows given.
+        """
+
+    @abstractmethod
+    def epoch(self, tag: str) -> int:
+        """Return the table's update epoch; it grows with every write."""
+
+    @abstractmethod
+    def hold(self, tag: str, keys: Keys | None = None) -> AbstractContextManager[None]:
+        """Refuse backfills of these keys (of all, if None) while the context lasts.
+
+        Backfills that began before the context ends stay refused after it.
+        """
+
+    @abstractmethod
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+        """Store rows that a lower tier gave, unless their keys changed since ``epoch``.
+
+        Returns
+        -------
+        int
+            Number of rows stored.
+        """
+
+    @abstractmethod
+    def evict(self, tag: str, keys: Keys | None = None) -> int:
+        """Forget keys (all, if None); a lower tier may bring them back."""
+
+    @abstractmethod
+    def iterate(self, tag: str, *, block_rows: int = 65_536) -> Iterator[RowBlock]:
+        """Yield the rows in blocks, each key at most once.
+
+        Rows written while it runs may or may not be among them; each row is whole.
+        """
+
+    @abstractmethod
+    def tables(self, model: str) -> list[str]:
+        """Return the sorted names of the model's tables that are stored here."""
+
+    @abstractmethod
+    def size(self, tag: str) -> int:
+        """Return the exact number of rows; may read the whole table."""
+
+    @abstractmethod
+    def stats(self, tag: str) -> TierStats:
+        """Return the table's counters; cheap."""
+
+    @abstractmethod
+    def drop_table(self, tag: str) -> None:
+        """Remove the table and its rows; unknown tables are ignored."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; the second call does nothing."""
