@@ -9,8 +9,6 @@ only work lost. The memory is fixed, and evicting a row does not forget its stam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,13 +62,3 @@ def _bucket(keys: Keys) -> NDArray[np.uint64]:
     return mixed >> np.uint64(64 - 14)
 
 
-@contextmanager
-def held(lock: object, stamps: UpdateStamps, keys: Keys | None) -> Iterator[None]:
-    """Hold keys for the length of a context, taking the table's lock at both ends."""
-    with lock:  # type: ignore[attr-defined]  # any lock
-        stamps.hold(keys)
-    try:
-        yield
-    finally:
-        with lock:  # type: ignore[attr-defined]  # any lock
-            stamps.release()
