@@ -6,7 +6,7 @@ Addresses are intp. The atomic operations are 64 bits wide and need 8-byte align
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 _I64 = ir.IntType(64)
@@ -94,3 +94,33 @@ def count_leading_zeros(typingctx, value):  # noqa: ARG001
         return builder.ctlz(args[0], ir.IntType(1)(1))
 
     return signature, codegen
+
+
+@intrinsic
+def copy_vector(typingctx, dst, src):  # noqa: ARG001
+    """Copy 32 bytes from ``src`` to ``dst``, of any alignment."""
+    signature = types.void(types.intp, types.intp)
+    vector = ir.VectorType(_I64, 4)
+
+    def codegen(context, builder, _signature, args):
+        dst_pointer = builder.inttoptr(args[0], vector.as_pointer())
+        src_pointer = builder.inttoptr(args[1], vector.as_pointer())
+        value = builder.load(src_pointer, align=1)
+        builder.store(value, dst_pointer, align=1)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@njit(nogil=True, cache=True, inline="always")
+def copy_row(dst, src, n_bytes):
+    """Copy a row; short rows without a call."""
+    if n_bytes > 512:
+        copy_bytes(dst, src, n_bytes)
+        return
+    done = 0
+    while done + 32 <= n_bytes:
+        copy_vector(dst + done, src + done)
+        done += 32
+    if done < n_bytes:
+        copy_bytes(dst + done, src + done, n_bytes - done)

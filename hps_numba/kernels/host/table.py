@@ -24,7 +24,7 @@ from numba import njit
 
 from hps_numba.kernels.host.hashing import hash_key
 from hps_numba.kernels.host.memory import (
-    copy_bytes,
+    copy_row,
     count_leading_zeros,
     fence_acquire,
     load_acquire,
@@ -66,7 +66,9 @@ NEED_INDEX = 1
 NEED_ROWS = 2
 NEED_EVICTION = 3
 
-_CHUNK = 256  # keys between whose probes and copies the prefetches run
+_CHUNK = 512  # keys that are probed before their rows are copied
+_SLOTS_AHEAD = 24  # how far ahead slots and rows are asked for
+_ROWS_AHEAD = 8
 _ATTEMPTS = 64
 _LOW = np.int64(0xFFFFFFFF)
 _VERSION = np.int64(1 << 32)
@@ -121,7 +123,7 @@ def _read_again(desc, p, h, key, target, row_bytes):
         source = _locate(desc, p, D_ROWS, meta & _LOW, row_bytes)
         if source == 0:
             return -1
-        copy_bytes(target, source, row_bytes)
+        copy_row(target, source, row_bytes)
         fence_acquire()
         if load_acquire(slot + 8) == meta and load_acquire(index) == 0:
             return 1
@@ -139,6 +141,9 @@ def fetch_rows(desc, keys, out, found, start, stop, policy, tick):
              when the descriptor is out of date, and the caller goes on with a new one
     """
     n_partitions = np.uint64(desc.shape[0])
+    low_bits = n_partitions - np.uint64(1)
+    if n_partitions & low_bits:
+        low_bits = np.uint64(0)
     row_bytes = out.shape[1]
     target = np.int64(out.ctypes.data)
     hashes = np.empty(_CHUNK, np.uint64)
@@ -151,12 +156,17 @@ def fetch_rows(desc, keys, out, found, start, stop, policy, tick):
         n = min(_CHUNK, stop - low)
         for i in range(n):
             h = hash_key(keys[low + i])
-            p = np.int64(h % n_partitions) if n_partitions > 1 else np.int64(0)
+            # A division costs as much as the rest of this loop.
+            p = np.int64(h & low_bits if low_bits else h % n_partitions)
             hashes[i] = h
             parts[i] = p
             position = np.int64(h >> np.uint64(20)) & desc[p, D_MASK]
-            prefetch(desc[p, D_INDEX] + HEADER_BYTES + position * SLOT_BYTES)
+            slots[i] = desc[p, D_INDEX] + HEADER_BYTES + position * SLOT_BYTES
+        for i in range(min(n, _SLOTS_AHEAD)):
+            prefetch(slots[i])
         for i in range(n):
+            if i + _SLOTS_AHEAD < n:
+                prefetch(slots[i + _SLOTS_AHEAD])
             if found[low + i]:
                 sources[i] = -2
                 continue
@@ -172,16 +182,22 @@ def fetch_rows(desc, keys, out, found, start, stop, policy, tick):
             slots[i] = slot
             metas[i] = meta
             sources[i] = source
+            if policy != RANDOM:
+                prefetch(_locate(desc, p, D_SCORES, meta & _LOW, np.int64(8)))
+        for i in range(min(n, _ROWS_AHEAD)):
             for line in range(0, min(row_bytes, 1024), 64):
-                prefetch(source + line)
+                prefetch(sources[i] + line)
         for i in range(n):
+            if i + _ROWS_AHEAD < n:
+                for line in range(0, min(row_bytes, 1024), 64):
+                    prefetch(sources[i + _ROWS_AHEAD] + line)
             source = sources[i]
             if source == -2:
                 continue
             if source == 0:
                 return hits, low + i
             p = parts[i]
-            copy_bytes(target + (low + i) * row_bytes, source, row_bytes)
+            copy_row(target + (low + i) * row_bytes, source, row_bytes)
             fence_acquire()
             if load_acquire(slots[i] + 8) != metas[i] or load_acquire(
                 desc[p, D_INDEX]
@@ -249,7 +265,7 @@ def _write_row(desc, p, state, free, meta, source, row_bytes, policy, tick):
     row = _take_row(state, free)
     if row < 0:
         return row
-    copy_bytes(_locate(desc, p, D_ROWS, row, row_bytes), source, row_bytes)
+    copy_row(_locate(desc, p, D_ROWS, row, row_bytes), source, row_bytes)
     if policy != RANDOM:
         score = np.int64(0)
         if policy == OLDEST:
