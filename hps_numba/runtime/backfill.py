@@ -1,0 +1,134 @@
+"""Rows that a lower tier found, on their way to the tiers above.
+
+The queue is bounded in bytes. What does not fit is dropped and counted: the next lookup
+of such a key goes to the lower tier again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+from hps_numba.errors import HPSError, UnknownTableError
+from hps_numba.runtime.stats import BackfillStats
+from hps_numba.tiers.base import Tier
+from hps_numba.types import Keys, Rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """Rows for one tier, read by a lookup that saw ``epoch`` before it read them."""
+
+    tier: Tier
+    tag: str
+    keys: Keys
+    rows: Rows
+    epoch: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the queue holds for it."""
+        return self.keys.nbytes + self.rows.nbytes
+
+
+class BackfillQueue:
+    """A bounded queue with one background thread. Thread-safe.
+
+    Parameters
+    ----------
+    max_bytes
+        Most bytes of rows and keys that wait.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._changed = threading.Condition(threading.Lock())
+        self._queue: deque[Backfill] = deque()  # this and all below: guarded by _changed
+        self._bytes = 0
+        self._busy = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._stored = self._refused = self._dropped = 0
+        self._thread = threading.Thread(
+            target=self._run, name="hps-backfill", daemon=True
+        )
+        self._thread.start()
+
+    def put(self, item: Backfill) -> bool:
+        """Queue rows, or drop them if there is no room; never waits.
+
+        Raises
+        ------
+        RuntimeError
+            If the background thread died, with what killed it as the cause.
+        """
+        with self._changed:
+            if self._failure is not None:
+                raise RuntimeError("the backfill thread died") from self._failure
+            if self._closed or self._bytes + item.n_bytes > self._max_bytes:
+                self._dropped += item.keys.size
+                return False
+            self._queue.append(item)
+            self._bytes += item.n_bytes
+            self._changed.notify_all()
+            return True
+
+    def drain(self) -> None:
+        """Wait until everything that was queued is stored, refused or failed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or not (self._queue or self._busy)
+            )
+
+    def stats(self) -> BackfillStats:
+        """Return the counters."""
+        with self._changed:
+            queued = sum(item.keys.size for item in self._queue)
+            return BackfillStats(queued, self._stored, self._refused, self._dropped)
+
+    def close(self) -> None:
+        """Drop what waits and stop the thread; the second call does nothing."""
+        with self._changed:
+            self._closed = True
+            self._dropped += sum(item.keys.size for item in self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (item := self._next()) is not None:
+                self._store(item)
+        except BaseException as exc:
+            logger.exception("backfill thread died")
+            with self._changed:
+                self._failure = exc
+                self._changed.notify_all()
+
+    def _next(self) -> Backfill | None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                return None
+            item = self._queue.popleft()
+            self._bytes -= item.n_bytes
+            self._busy = True
+            return item
+
+    def _store(self, item: Backfill) -> None:
+        stored = 0
+        try:
+            stored = item.tier.backfill(item.tag, item.keys, item.rows, item.epoch)
+        except UnknownTableError:
+            pass  # The model was removed meanwhile.
+        except HPSError as exc:
+            logger.warning("backfill failed tag=%s error=%s", item.tag, exc)
+        with self._changed:
+            self._stored += stored
+            self._refused += item.keys.size - stored

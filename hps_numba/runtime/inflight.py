@@ -1,0 +1,130 @@
+"""Which keys are being fetched now, so that none is fetched twice at once.
+
+Invariant: an entry of the register names the flight that fetches its key, and that flight
+began after the last write to the key that was acknowledged. A writer therefore takes the
+entries of its keys out before it acknowledges; the flight goes on for those who boarded.
+
+The register is a host table whose 16-byte rows are (flight number, position in it).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hps_numba.tiers.host import HostTier
+from hps_numba.types import Keys, Mask, Rows, TableSpec
+
+_ENTRY_DIM = 4  # float32 values: two int64 words
+_REGISTER = TableSpec("runtime", "in_flight", _ENTRY_DIM)
+
+
+@dataclass
+class Flight:
+    """One fetch from the lower tiers. ``rows`` and ``found`` are valid once landed."""
+
+    number: int
+    keys: Keys
+    rows: Rows
+    found: Mask
+    landed: threading.Event = field(default_factory=threading.Event)
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Keys of one caller that another caller's flight brings."""
+
+    flight: Flight
+    mine: NDArray[np.int64]  # positions in the caller's keys
+    theirs: NDArray[np.int64]  # positions in the flight
+
+
+@dataclass(frozen=True)
+class Boarding:
+    """Who fetches what: ``flight`` is the caller's own, with the keys at ``mine``."""
+
+    flight: Flight
+    mine: NDArray[np.int64]
+    waits: tuple[Wait, ...]
+
+
+class InFlight:
+    """The register of one table. Thread-safe.
+
+    Parameters
+    ----------
+    spec
+        The table, for the shape of rows.
+    """
+
+    def __init__(self, spec: TableSpec) -> None:
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._register = HostTier(num_partitions=1)  # guarded by _lock
+        self._register.open_table(_REGISTER)
+        self._flights: dict[int, Flight] = {}  # guarded by _lock
+        self._next_number = 1  # guarded by _lock
+
+    def board(self, keys: Keys) -> Boarding:
+        """Register unique keys; those that are on their way become waits.
+
+        The caller fetches the keys of its own flight and calls ``land``, whatever
+        happens, before it waits for others: so nobody waits for a flight that waits.
+        """
+        with self._lock:
+            entries, known = self._entries_locked(keys)
+            mine = np.flatnonzero(~known)
+            flight = self._new_flight_locked(keys[mine])
+            waits = tuple(
+                Wait(self._flights[number], *_members(entries, known, number))
+                for number in np.unique(entries[known, 0]).tolist()
+            )
+        return Boarding(flight, mine, waits)
+
+    def land(self, flight: Flight, *, failed: bool = False) -> None:
+        """Let those who wait go on, and take the flight off the register."""
+        flight.failed = failed
+        with self._lock:
+            self._flights.pop(flight.number, None)
+            entries, known = self._entries_locked(flight.keys)
+            still = known & (entries[:, 0] == flight.number)
+            self._register.evict(_REGISTER.tag, flight.keys[still])
+        flight.landed.set()
+
+    def invalidate(self, keys: Keys | None) -> None:
+        """Let nobody else board the present flights of these keys (of all, if None)."""
+        with self._lock:
+            if self._flights:
+                self._register.evict(_REGISTER.tag, keys)
+
+    def _new_flight_locked(self, keys: Keys) -> Flight:
+        n = keys.size
+        rows = np.empty((n, self._spec.dim), self._spec.numpy_dtype)
+        flight = Flight(self._next_number, keys, rows, np.zeros(n, np.bool_))
+        self._next_number += 1
+        self._flights[flight.number] = flight
+        entries = np.empty((n, 2), np.int64)
+        entries[:, 0] = flight.number
+        entries[:, 1] = np.arange(n)
+        self._register.insert(_REGISTER.tag, keys, entries.view(np.float32))
+        return flight
+
+    def _entries_locked(self, keys: Keys) -> tuple[NDArray[np.int64], Mask]:
+        entries = np.zeros((keys.size, 2), np.int64)
+        known = np.zeros(keys.size, np.bool_)
+        if self._flights:
+            self._register.fetch(
+                _REGISTER.tag, keys, entries.view(np.float32), known
+            )
+        return entries, known
+
+
+def _members(
+    entries: NDArray[np.int64], known: Mask, number: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    mine = np.flatnonzero(known & (entries[:, 0] == number))
+    return mine, entries[mine, 1]
