@@ -68,7 +68,7 @@ class TierError(HPSError):
     tier
         Name of the tier, as in ``stats()``.
     tag
-        Tag of the table, ``hps_et.<model>.<table>``, or ``""`` if no table is concerned.
+        Tag of the table, ``hps_et.<model>.<table>``, or ``""`` if it concerns none.
     """
 
     def __init__(self, message: str, *, tier: str, tag: str = "") -> None:

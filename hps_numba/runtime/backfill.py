@@ -47,7 +47,9 @@ class BackfillQueue:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._changed = threading.Condition(threading.Lock())
-        self._queue: deque[Backfill] = deque()  # this and all below: guarded by _changed
+        self._queue: deque[Backfill] = (
+            deque()
+        )  # this and all below: guarded by _changed
         self._bytes = 0
         self._busy = False
         self._closed = False

@@ -1,8 +1,9 @@
 """Which keys are being fetched now, so that none is fetched twice at once.
 
-Invariant: an entry of the register names the flight that fetches its key, and that flight
-began after the last write to the key that was acknowledged. A writer therefore takes the
-entries of its keys out before it acknowledges; the flight goes on for those who boarded.
+Invariant: an entry of the register names the flight that fetches its key, and that
+flight began after the last write to the key that was acknowledged. A writer therefore
+takes the entries of its keys out before it acknowledges; the flight goes on for those
+who boarded.
 
 The register is a host table whose 16-byte rows are (flight number, position in it).
 """
@@ -89,10 +90,10 @@ class InFlight:
         """Let those who wait go on, and take the flight off the register."""
         flight.failed = failed
         with self._lock:
-            self._flights.pop(flight.number, None)
             entries, known = self._entries_locked(flight.keys)
             still = known & (entries[:, 0] == flight.number)
             self._register.evict(_REGISTER.tag, flight.keys[still])
+            del self._flights[flight.number]
         flight.landed.set()
 
     def invalidate(self, keys: Keys | None) -> None:
@@ -117,9 +118,7 @@ class InFlight:
         entries = np.zeros((keys.size, 2), np.int64)
         known = np.zeros(keys.size, np.bool_)
         if self._flights:
-            self._register.fetch(
-                _REGISTER.tag, keys, entries.view(np.float32), known
-            )
+            self._register.fetch(_REGISTER.tag, keys, entries.view(np.float32), known)
         return entries, known
 
 

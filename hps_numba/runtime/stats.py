@@ -177,8 +177,9 @@ class TableCounters:
         with self._lock:
             uses = tuple(
                 TierUse(
-                    tier,
-                    *self._use[tier],
+                    tier=tier,
+                    asked=self._use[tier][0],
+                    hits=self._use[tier][1],
                     rows=stats.rows,
                     bytes=stats.bytes,
                     evictions=stats.evictions,

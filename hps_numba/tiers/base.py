@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
 
@@ -33,15 +34,16 @@ class Tier(ABC):
     and are not kept: a tier copies what it stores. Every int64 is a valid key.
 
     All methods may be called from several threads at once, except that ``close`` waits
-    for none of them. Two writers of one table are serialised by the tier, in some order.
+    for none of them. The tier serialises the writers of one table, in some order.
 
     Notes
     -----
-    *No resurrection.* A lookup that found nothing here reads a lower tier and then gives
-    the rows to ``backfill``. Meanwhile the same keys may be updated. So a caller reads
+    *No resurrection.* A lookup that found nothing here reads a lower tier and gives the
+    rows to ``backfill``. Meanwhile the same keys may be updated. So a caller reads
     ``epoch`` before the lower tier, and ``backfill`` refuses every key that was written
-    after that epoch or is held. A caller that changes several tiers holds the keys in the
-    upper ones from before it writes the lowest until it has written them all.
+    after that epoch or is held. A caller that changes several tiers holds the keys in
+    the upper ones from before it writes the lowest until it has written them all. Holds
+    of one table do not nest.
     """
 
     name: str
@@ -190,3 +192,36 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything; the second call does nothing."""
+
+
+class PersistentTier(Tier):
+    """A tier that outlives the process, and remembers where its rows came from."""
+
+    read_only: bool
+    """Whether every write is refused."""
+
+    @abstractmethod
+    def load(
+        self,
+        tag: str,
+        blocks: Iterable[RowBlock],
+        *,
+        progress: Progress | None = None,
+        ascending: bool = False,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Replace all rows of the table at once, as ``Tier.load``.
+
+        Parameters
+        ----------
+        tag, blocks, progress
+            As for ``Tier.load``.
+        ascending
+            The keys ascend over all blocks and none repeats.
+        fingerprint
+            Describes the origin of the rows, as JSON; stored with them.
+        """
+
+    @abstractmethod
+    def fingerprint(self, tag: str) -> dict[str, Any] | None:
+        """Return what the last ``load`` of the table was given, or None."""

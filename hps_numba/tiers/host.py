@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 
@@ -102,9 +103,9 @@ class HostTier(Tier):
                 )
             elif (known.spec.dim, known.spec.dtype) != (spec.dim, spec.dtype):
                 raise ConfigError(
-                    f"table {spec.tag} is open in host memory with dim {known.spec.dim}, "
-                    f"{known.spec.dtype.value}; it cannot be opened with dim {spec.dim}, "
-                    f"{spec.dtype.value}"
+                    f"table {spec.tag} is open in host memory with dim "
+                    f"{known.spec.dim}, {known.spec.dtype.value}; it cannot be opened "
+                    f"with dim {spec.dim}, {spec.dtype.value}"
                 )
 
     def fetch(
@@ -114,7 +115,7 @@ class HostTier(Tier):
         out: Rows,
         found: Mask,
         *,
-        budget_s: float = math.inf,  # noqa: ARG002  # a fetch takes microseconds
+        budget_s: float = math.inf,  # a fetch takes microseconds
     ) -> int:
         """Copy known rows; see ``Tier.fetch``. Takes no lock."""
         table = self._table(tag)
@@ -125,13 +126,15 @@ class HostTier(Tier):
         table.tick += 1
         n_threads = min(self._num_threads, n // _MIN_KEYS_PER_THREAD)
         if n_threads <= 1 or self._pool is None:
-            return _fetch(table, keys, out, found, 0, n)
+            return _fetch(table, keys, out, found)
         edges = [n * k // n_threads for k in range(n_threads + 1)]
         parts = [
-            self._pool.submit(_fetch, table, keys, out, found, low, high)
-            for low, high in zip(edges[1:-1], edges[2:], strict=True)
+            self._pool.submit(
+                _fetch, table, keys[low:high], out[low:high], found[low:high]
+            )
+            for low, high in pairwise(edges[1:])
         ]
-        hits = _fetch(table, keys, out, found, 0, edges[1])
+        hits = _fetch(table, *(a[: edges[1]] for a in (keys, out, found)))
         return hits + sum(part.result() for part in parts)
 
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
@@ -228,14 +231,16 @@ class HostTier(Tier):
                 block = keys[low : low + block_rows]
                 rows = np.empty((block.size, spec.dim), spec.numpy_dtype)
                 found = np.zeros(block.size, np.bool_)
-                _fetch(table, block, rows, found, 0, block.size, count_use=False)
+                _fetch(table, block, rows, found, count_use=False)
                 yield RowBlock(block[found], rows[found])
 
     def tables(self, model: str) -> list[str]:
         """Return the model's table names."""
         self._check_open()
         prefix = f"{TAG_PREFIX}.{model}."
-        return sorted(t.spec.name for t in self._opened() if t.spec.tag.startswith(prefix))
+        return sorted(
+            t.spec.name for t in self._opened() if t.spec.tag.startswith(prefix)
+        )
 
     def size(self, tag: str) -> int:
         """Return the number of rows."""
@@ -286,8 +291,8 @@ class HostTier(Tier):
         left = self._max_bytes - sum(t.max_bytes or 0 for t in self._tables.values())
         if max_bytes is not None and max_bytes > left:
             raise ConfigError(
-                f"table {spec.tag} asks for {max_bytes} bytes of host memory; {left} of "
-                f"volatile_db.max_bytes={self._max_bytes} are left"
+                f"table {spec.tag} asks for {max_bytes} bytes of host memory; {left} "
+                f"of volatile_db.max_bytes={self._max_bytes} are left"
             )
         return left if max_bytes is None else max_bytes
 
@@ -297,14 +302,12 @@ def _fetch(
     keys: Keys,
     out: Rows,
     found: Mask,
-    low: int,
-    high: int,
     *,
     count_use: bool = True,
 ) -> int:
     policy = table.policy if count_use else kernel.RANDOM
     as_bytes = out.view(np.uint8)
-    hits = 0
+    hits, low, high = 0, 0, keys.shape[0]
     for _ in range(_SNAPSHOT_ATTEMPTS):
         snapshot = table.snapshot
         n, low = kernel.fetch_rows(

@@ -13,6 +13,7 @@ Invariants
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.host import table as kernel
+from hps_numba.kernels.host import table_write as writing
 from hps_numba.kernels.host.hashing import group_by_partition
 from hps_numba.tiers.stamps import UpdateStamps
 from hps_numba.types import Keys, OverflowPolicy, Rows, TableSpec
@@ -56,6 +58,34 @@ class Snapshot:
 
     descriptor: NDArray[np.int64]
     arrays: tuple[Bytes, ...]
+
+
+def bytes_for_rows(
+    spec: TableSpec,
+    n_rows: int,
+    *,
+    n_partitions: int,
+    overflow: Overflow,
+    capped: bool,
+) -> int:
+    """Return the most bytes that a table of ``n_rows`` takes.
+
+    A budget of as many bytes holds the rows, however the hash spreads them (within four
+    standard deviations). Without a budget, segments double and so may be half empty.
+    """
+    rows = n_rows / n_partitions
+    rows_each = int(rows + 4 * math.sqrt(rows)) + 2
+    if overflow.margin is not None:
+        rows_each = min(rows_each, overflow.margin + 2)
+    slots = _FIRST_SLOTS
+    while slots * _FULL_LOAD < rows_each:
+        slots *= 2
+    if not capped:
+        segments = (rows_each >> kernel.SEGMENT_SHIFT).bit_length()
+        rows_each = ((2 << segments) - 1) << kernel.SEGMENT_SHIFT
+    per_row = spec.row_bytes + _row_overhead(overflow.policy)
+    each = 2 * _index_bytes(slots) + _SEGMENT_OVERHEAD + rows_each * per_row
+    return UpdateStamps.nbytes + n_partitions * each
 
 
 class HostTable:
@@ -96,13 +126,9 @@ class HostTable:
         self.max_bytes = max_bytes
         self._overflow = overflow
         self._random = np.random.default_rng(0)
-        self.capacity = self._capacity(n_partitions)
-        self.clear_locked(n_partitions)
-
-    @property
-    def row_overhead(self) -> int:
-        """Bytes per row beside the row itself and its share of the index."""
-        return 4 + (8 if self.policy != kernel.RANDOM else 0)
+        self._n_partitions = n_partitions
+        self.capacity = self._capacity()
+        self.clear_locked()
 
     @property
     def margin(self) -> int:
@@ -113,16 +139,16 @@ class HostTable:
     @property
     def size(self) -> int:
         """Number of rows."""
-        return sum(int(p.state[kernel.S_SIZE]) for p in self._partitions)
+        return sum(int(p.state[writing.S_SIZE]) for p in self._partitions)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all arrays."""
         return UpdateStamps.nbytes + sum(p.n_bytes for p in self._partitions)
 
-    def clear_locked(self, n_partitions: int | None = None) -> None:
+    def clear_locked(self) -> None:
         """Forget all rows."""
-        n = n_partitions or len(self._partitions)
+        n = self._n_partitions
         capped = self.max_bytes is not None
         free_rows = self.capacity + 1 if capped else 0
         self._partitions = [_Partition(self, free_rows) for _ in range(n)]
@@ -133,12 +159,14 @@ class HostTable:
 
     def upsert_locked(self, keys: Keys, rows: Rows) -> None:
         """Store rows, growing or evicting where there is no room."""
+        # Compiled code is made for writable arrays, so read-only ones are copied.
+        keys, rows = (np.require(a, requirements="W") for a in (keys, rows))
         order, bounds = group_by_partition(keys, len(self._partitions))
         as_bytes = rows.view(np.uint8)
         for p, partition in enumerate(self._partitions):
             todo = order[bounds[p] : bounds[p + 1]]
             while todo.size:
-                reason, done = kernel.upsert_rows(
+                reason, done = writing.upsert_rows(
                     self._descriptor,
                     p,
                     partition.state,
@@ -157,7 +185,7 @@ class HostTable:
         """Remove keys and return how many were there."""
         order, bounds = group_by_partition(keys, len(self._partitions))
         return sum(
-            kernel.remove_keys(
+            writing.remove_keys(
                 self._descriptor,
                 p,
                 partition.state,
@@ -172,29 +200,29 @@ class HostTable:
         """Yield the keys of each partition, as they are when it is reached."""
         for p in range(len(self._partitions)):
             with self.lock:
-                keys = np.empty(self._partitions[p].state[kernel.S_SIZE], np.int64)
+                keys = np.empty(self._partitions[p].state[writing.S_SIZE], np.int64)
                 n = kernel.list_keys(self._descriptor, p, keys)
             yield keys[:n]
 
     def _make_room(self, p: int, reason: int) -> None:
-        if reason == kernel.NEED_EVICTION:
+        if reason == writing.NEED_EVICTION:
             self._evict(p)
-        elif reason == kernel.NEED_ROWS:
+        elif reason == writing.NEED_ROWS:
             self._partitions[p].add_segment(self.spec.row_bytes)
             self._partitions[p].describe(self._descriptor[p])
             self._publish()
-        elif reason == kernel.NEED_INDEX:
+        elif reason == writing.NEED_INDEX:
             self._rebuild_index(p)
 
     def _evict(self, p: int) -> None:
         partition = self._partitions[p]
         goal = min(int(self.margin * self._overflow.target), self.margin - 1)
-        # Rows that are used while victims are chosen are spared, so one pass may not do.
+        # Rows used while victims are chosen are spared, so one pass may not do.
         for policy in (self.policy, self.policy, kernel.RANDOM):
-            excess = int(partition.state[kernel.S_SIZE]) - goal
+            excess = int(partition.state[writing.S_SIZE]) - goal
             if excess <= 0:
                 return
-            self.evictions += kernel.evict_rows(
+            self.evictions += writing.evict_rows(
                 self._descriptor,
                 p,
                 partition.state,
@@ -208,7 +236,7 @@ class HostTable:
         partition = self._partitions[p]
         old = partition.index
         index = partition.new_index()
-        kernel.rebuild_index(
+        writing.rebuild_index(
             self._descriptor,
             p,
             partition.state,
@@ -218,18 +246,19 @@ class HostTable:
         partition.set_index(index)
         partition.describe(self._descriptor[p])
         self._publish()
-        kernel.retire_index(_address(old))
+        writing.retire_index(_address(old))
 
     def _publish(self) -> None:
         arrays = tuple(a for p in self._partitions for a in p.arrays())
         self.snapshot = Snapshot(self._descriptor.copy(), arrays)
 
-    def _capacity(self, n_partitions: int) -> int:
+    def _capacity(self) -> int:
         """Return the rows per partition that the budget allows, rebuilds included."""
         if self.max_bytes is None:
             return kernel.MAX_ROWS
+        n_partitions = self._n_partitions
         budget = (self.max_bytes - UpdateStamps.nbytes) // n_partitions
-        per_row = self.spec.row_bytes + self.row_overhead
+        per_row = self.spec.row_bytes + _row_overhead(self._overflow.policy)
         best, slots = 0, _FIRST_SLOTS
         while 2 * _index_bytes(slots) < budget:
             left = budget - 2 * _index_bytes(slots) - _SEGMENT_OVERHEAD
@@ -238,8 +267,8 @@ class HostTable:
         if best < 1:
             raise ConfigError(
                 f"table {self.spec.tag}: {self.max_bytes} bytes of host memory hold no "
-                f"row in each of {n_partitions} partitions (a row takes {per_row} bytes "
-                f"beside fixed costs of {UpdateStamps.nbytes}); raise "
+                f"row in each of {n_partitions} partitions (a row takes {per_row} "
+                f"bytes, the table {UpdateStamps.nbytes} more); raise "
                 f"volatile_db.max_bytes or lower volatile_db.num_partitions"
             )
         return best
@@ -252,7 +281,7 @@ class _Partition:
         self._table = table
         self._segments: list[Bytes] = []
         self._scores: list[Bytes] = []
-        self.state = np.zeros(kernel.S_FIELDS, np.int64)
+        self.state = np.zeros(writing.S_FIELDS, np.int64)
         self.limits = np.zeros(2, np.int64)
         self.free = np.empty(free_rows, np.uint32)
         self.set_index(_empty_index(min(_FIRST_SLOTS, self._largest_index())))
@@ -284,14 +313,14 @@ class _Partition:
     def new_index(self) -> Bytes:
         """Return an empty index for the present keys and as many again."""
         n_slots = _FIRST_SLOTS
-        while n_slots < 2 * (int(self.state[kernel.S_SIZE]) + 1):
+        while n_slots < 2 * (int(self.state[writing.S_SIZE]) + 1):
             n_slots *= 2
         return _empty_index(min(n_slots, self._largest_index()))
 
     def add_segment(self, row_bytes: int) -> None:
         """Make room for more rows, twice as many as the last time."""
         n_rows = 1 << (kernel.SEGMENT_SHIFT + len(self._segments))
-        room = int(self.state[kernel.S_ROOM])
+        room = int(self.state[writing.S_ROOM])
         n_rows = min(n_rows, self._table.capacity + 1 - room)
         self._segments.append(_aligned(n_rows * row_bytes))
         if self._table.policy != kernel.RANDOM:
@@ -300,7 +329,7 @@ class _Partition:
             grown = np.empty(room + n_rows, np.uint32)
             grown[: self.free.size] = self.free
             self.free = grown
-        self.state[kernel.S_ROOM] = room + n_rows
+        self.state[writing.S_ROOM] = room + n_rows
 
     def _largest_index(self) -> int:
         if self._table.max_bytes is None:
@@ -309,6 +338,11 @@ class _Partition:
         while int(n_slots * _FULL_LOAD) < self._table.margin:
             n_slots *= 2
         return n_slots
+
+
+def _row_overhead(policy: OverflowPolicy) -> int:
+    """Bytes per row beside the row itself: its place in the free list, its score."""
+    return 4 if policy is OverflowPolicy.EVICT_RANDOM else 12
 
 
 def _aligned(n_bytes: int) -> Bytes:

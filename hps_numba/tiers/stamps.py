@@ -9,7 +9,6 @@ only work lost. The memory is fixed, and evicting a row does not forget its stam
 
 from __future__ import annotations
 
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -16,7 +16,7 @@ _I64P = _I64.as_pointer()
 
 
 @intrinsic
-def copy_bytes(typingctx, dst, src, n_bytes):  # noqa: ARG001
+def copy_bytes(typingctx, dst, src, n_bytes):
     """Copy ``n_bytes`` from ``src`` to ``dst``; the two do not overlap."""
     signature = types.void(types.intp, types.intp, types.intp)
 
@@ -34,7 +34,7 @@ def copy_bytes(typingctx, dst, src, n_bytes):  # noqa: ARG001
 
 
 @intrinsic
-def prefetch(typingctx, address):  # noqa: ARG001
+def prefetch(typingctx, address):
     """Ask for the cache line of ``address``; any address is allowed."""
     signature = types.void(types.intp)
 
@@ -49,7 +49,7 @@ def prefetch(typingctx, address):  # noqa: ARG001
 
 
 @intrinsic
-def load_acquire(typingctx, address):  # noqa: ARG001
+def load_acquire(typingctx, address):
     """Return the int64 at ``address``; later reads see what was released before it."""
     signature = types.int64(types.intp)
 
@@ -61,7 +61,7 @@ def load_acquire(typingctx, address):  # noqa: ARG001
 
 
 @intrinsic
-def store_release(typingctx, address, value):  # noqa: ARG001
+def store_release(typingctx, address, value):
     """Write an int64 to ``address`` after everything that was written before."""
     signature = types.void(types.intp, types.int64)
 
@@ -74,7 +74,7 @@ def store_release(typingctx, address, value):  # noqa: ARG001
 
 
 @intrinsic
-def fence_acquire(typingctx):  # noqa: ARG001
+def fence_acquire(typingctx):
     """Keep reads that follow from moving before reads that precede."""
     signature = types.void()
 
@@ -86,7 +86,7 @@ def fence_acquire(typingctx):  # noqa: ARG001
 
 
 @intrinsic
-def count_leading_zeros(typingctx, value):  # noqa: ARG001
+def count_leading_zeros(typingctx, value):
     """Return the number of zero bits above the highest one of a non-zero int64."""
     signature = types.int64(types.int64)
 
@@ -97,7 +97,7 @@ def count_leading_zeros(typingctx, value):  # noqa: ARG001
 
 
 @intrinsic
-def copy_vector(typingctx, dst, src):  # noqa: ARG001
+def copy_vector(typingctx, dst, src):
     """Copy 32 bytes from ``src`` to ``dst``, of any alignment."""
     signature = types.void(types.intp, types.intp)
     vector = ir.VectorType(_I64, 4)

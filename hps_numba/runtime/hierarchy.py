@@ -1,0 +1,282 @@
+"""One table's way through its tiers, from the fastest to the slowest.
+
+Tiers that answer faster than one can ask what is in flight are asked in the caller's
+thread, with the keys as they come. Below them keys are made unique, keys that another
+lookup is fetching are waited for, and what is found is backfilled.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hps_numba.errors import TierError, UpdateError
+from hps_numba.kernels.host.scatter import scatter_rows
+from hps_numba.runtime.backfill import Backfill, BackfillQueue
+from hps_numba.runtime.inflight import Flight, InFlight
+from hps_numba.runtime.stats import TableCounters, TableStats
+from hps_numba.tiers.base import Tier
+from hps_numba.types import FailureMode, Keys, Mask, Rows, TableSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Chunk:
+    """Some keys of one lookup, the rows to write, and what is known so far."""
+
+    keys: Keys
+    out: Rows
+    found: Mask
+    resolved: int = 0
+    joined: int = 0
+    degraded: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether every key is resolved."""
+        return self.resolved == self.keys.size
+
+
+class Hierarchy:
+    """The tiers of one table.
+
+    Parameters
+    ----------
+    spec
+        The table, open in every tier.
+    tiers
+        From the fastest to the slowest; the last one is written first.
+    backfills
+        Queue for rows that an upper tier lacks; None leaves upper tiers as they are.
+    on_failure
+        Whether a failing tier fails the lookup.
+    write_rows
+        Most rows of an update that become visible together.
+
+    Notes
+    -----
+    Thread-safe. *No resurrection:* an update holds its keys in every upper tier, takes
+    them off the in-flight register before each tier is written, and writes upwards. So
+    a row read before the update can neither be backfilled nor be handed to a lookup
+    that begins after the update was acknowledged.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        tiers: Sequence[Tier],
+        *,
+        backfills: BackfillQueue | None,
+        on_failure: FailureMode,
+        write_rows: int,
+    ) -> None:
+        self.spec = spec
+        self.tiers = tuple(tiers)
+        self.counters = TableCounters(tier.name for tier in tiers)
+        self._backfills = backfills
+        self._on_failure = on_failure
+        self._write_rows = write_rows
+        n_local = sum(tier.local for tier in tiers)
+        self._local, self._remote = self.tiers[:n_local], self.tiers[n_local:]
+        self._in_flight = InFlight(spec) if self._remote else None
+        self._write_lock = threading.Lock()  # one update at a time, in all tiers
+
+    def ask_local(self, chunk: Chunk) -> None:
+        """Resolve what the tiers in this process's memory know."""
+        n_keys = chunk.keys.size
+        for tier in self._local:
+            asked = n_keys - chunk.resolved
+            if asked == 0:
+                return
+            hits = tier.fetch(self.spec.tag, chunk.keys, chunk.out, chunk.found)
+            chunk.resolved += hits
+            self.counters.add_use(tier.name, asked, hits)
+
+    def ask_remote(self, chunk: Chunk) -> None:
+        """Resolve what is left from the other tiers, each unique key once.
+
+        Raises
+        ------
+        TierError
+            If a tier fails and failures are to be raised.
+        """
+        if self._in_flight is None or chunk.done:
+            return
+        missing = np.flatnonzero(~chunk.found)
+        unique, inverse = np.unique(chunk.keys[missing], return_inverse=True)
+        rows, found = self._fetch_unique(self._in_flight, unique, chunk)
+        chunk.resolved += scatter_rows(
+            rows.view(np.uint8),
+            found,
+            inverse,
+            missing,
+            chunk.out.view(np.uint8),
+            chunk.found,
+        )
+
+    def update(self, keys: Keys, rows: Rows) -> None:
+        """Write the newest rows of unique keys to all tiers, the last one first.
+
+        Raises
+        ------
+        UpdateError
+            If a tier refused; the message says how many rows were applied before.
+        """
+        finite = np.isfinite(rows).all(axis=1)
+        self._write(keys, rows)
+        self.counters.add(
+            updated_rows=keys.size,
+            non_finite_rows=keys.size - int(np.count_nonzero(finite)),
+        )
+
+    def delete(self, keys: Keys) -> None:
+        """Remove unique keys from all tiers; raises as ``update``."""
+        self._write(keys, None)
+        self.counters.add(deleted_keys=keys.size)
+
+    def replacing(self) -> ExitStack:
+        """Return a context in which all rows may be replaced, tier by tier.
+
+        ``forget_flights`` is to be called whenever a tier has its new rows.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._write_lock)
+            for tier in self.tiers[:-1]:
+                stack.enter_context(tier.hold(self.spec.tag))
+            self.forget_flights()
+            return stack.pop_all()
+
+    def forget_flights(self) -> None:
+        """Let no lookup join a fetch that is under way now."""
+        if self._in_flight is not None:
+            self._in_flight.invalidate(None)
+
+    def refresh(self, block_rows: int) -> int:
+        """Read every row that an upper tier holds again from the last tier."""
+        last = self.tiers[-1]
+        refreshed = 0
+        for tier in self.tiers[:-1]:
+            epoch = tier.epoch(self.spec.tag)
+            for block in tier.iterate(self.spec.tag, block_rows=block_rows):
+                rows = np.empty_like(block.rows)
+                found = np.zeros(block.keys.size, np.bool_)
+                last.fetch(self.spec.tag, block.keys, rows, found)
+                refreshed += tier.backfill(
+                    self.spec.tag, block.keys[found], rows[found], epoch
+                )
+                epoch = tier.epoch(self.spec.tag)
+        return refreshed
+
+    def locate(self, keys: Keys) -> list[str]:
+        """Return the name of the first tier that holds each key, or ``default``."""
+        out = np.empty((keys.size, self.spec.dim), self.spec.numpy_dtype)
+        found = np.zeros(keys.size, np.bool_)
+        names = np.full(keys.size, "default", dtype=object)
+        for tier in self.tiers:
+            before = found.copy()
+            tier.fetch(self.spec.tag, keys, out, found)
+            names[found & ~before] = tier.name
+        return [str(name) for name in names]
+
+    def stats(self) -> TableStats:
+        """Return the table's counters."""
+        tiers = [(tier.name, tier.stats(self.spec.tag)) for tier in self.tiers]
+        return self.counters.snapshot(self.spec.model, self.spec.name, tiers)
+
+    def _fetch_unique(
+        self, in_flight: InFlight, keys: Keys, chunk: Chunk
+    ) -> tuple[Rows, Mask]:
+        boarding = in_flight.board(keys)
+        flight = boarding.flight
+        failed = True
+        try:
+            self._fly(flight, chunk)
+            failed = False
+        finally:
+            in_flight.land(flight, failed=failed)
+        if not boarding.waits:
+            return flight.rows, flight.found
+        rows = np.empty((keys.size, self.spec.dim), self.spec.numpy_dtype)
+        found = np.zeros(keys.size, np.bool_)
+        rows[boarding.mine], found[boarding.mine] = flight.rows, flight.found
+        for wait in boarding.waits:
+            wait.flight.landed.wait()
+            if wait.flight.failed:
+                own = Flight(0, keys[wait.mine], *self._blank(wait.mine.size))
+                self._fly(own, chunk)
+                rows[wait.mine], found[wait.mine] = own.rows, own.found
+            else:
+                rows[wait.mine] = wait.flight.rows[wait.theirs]
+                found[wait.mine] = wait.flight.found[wait.theirs]
+                chunk.joined += wait.mine.size
+        return rows, found
+
+    def _fly(self, flight: Flight, chunk: Chunk) -> None:
+        """Fetch the keys of a flight from tier to tier and backfill what was found."""
+        tag = self.spec.tag
+        # Read before the rows are: see "No resurrection" in tiers.base.
+        epochs = [tier.epoch(tag) for tier in self.tiers[:-1]]
+        n_found = 0
+        for level, tier in enumerate(self._remote, start=len(self._local)):
+            asked = flight.keys.size - n_found
+            if asked == 0:
+                return
+            before = flight.found.copy()
+            hits = self._ask(tier, flight, chunk)
+            n_found += hits
+            self.counters.add_use(tier.name, asked, hits)
+            if hits and self._backfills is not None:
+                new = flight.found & ~before
+                keys, rows = flight.keys, flight.rows
+                if hits < flight.keys.size:
+                    keys, rows = keys[new], rows[new]
+                for upper, epoch in zip(self.tiers[:level], epochs, strict=False):
+                    self._backfills.put(Backfill(upper, tag, keys, rows, epoch))
+
+    def _ask(self, tier: Tier, flight: Flight, chunk: Chunk) -> int:
+        try:
+            return tier.fetch(self.spec.tag, flight.keys, flight.rows, flight.found)
+        except TierError as exc:
+            if self._on_failure is FailureMode.RAISE:
+                raise
+            chunk.degraded = True
+            logger.warning("tier=%s degraded tag=%s: %s", tier.name, self.spec.tag, exc)
+            return 0
+
+    def _write(self, keys: Keys, rows: Rows | None) -> None:
+        step = self._write_rows
+        with self._write_lock:
+            for low in range(0, keys.size, step):
+                part = slice(low, low + step)
+                try:
+                    self._write_part(keys[part], None if rows is None else rows[part])
+                except TierError as exc:
+                    raise UpdateError(
+                        f"table {self.spec.tag}: {low} of {keys.size} keys were "
+                        f"written, then {exc}; send the rest again when the tier is back"
+                    ) from exc
+
+    def _write_part(self, keys: Keys, rows: Rows | None) -> None:
+        tag = self.spec.tag
+        with ExitStack() as holds:
+            for tier in self.tiers[:-1]:
+                holds.enter_context(tier.hold(tag, keys))
+            for tier in reversed(self.tiers):
+                if self._in_flight is not None:
+                    self._in_flight.invalidate(keys)
+                if rows is None:
+                    tier.delete(tag, keys)
+                else:
+                    tier.insert(tag, keys, rows)
+
+    def _blank(self, n: int) -> tuple[NDArray[Any], Mask]:
+        rows = np.empty((n, self.spec.dim), self.spec.numpy_dtype)
+        return rows, np.zeros(n, np.bool_)
