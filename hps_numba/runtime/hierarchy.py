@@ -261,7 +261,7 @@ class Hierarchy:
                 except TierError as exc:
                     raise UpdateError(
                         f"table {self.spec.tag}: {low} of {keys.size} keys were "
-                        f"written, then {exc}; send the rest again when the tier is back"
+                        f"written, then {exc}; send the rest when the tier is back"
                     ) from exc
 
     def _write_part(self, keys: Keys, rows: Rows | None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hps_numba.config import InferenceParams
 from hps_numba.errors import UnknownTableError
 from hps_numba.runtime.arrays import as_flags, as_keys, as_output, check_length
 from hps_numba.runtime.gate import Gate
@@ -24,9 +25,15 @@ Array = NDArray[Any]
 class ServedModel:
     """A model that is being served."""
 
-    name: str
+    params: InferenceParams
     tables: tuple[Hierarchy, ...]
     gate: Gate
+    sessions: dict[int, LookupSession] = field(default_factory=dict)  # by device
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.params.model_name
 
     def table(self, table: int | str) -> Hierarchy:
         """Return a table by position or name."""

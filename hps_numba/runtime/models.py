@@ -1,0 +1,178 @@
+"""The models of a server: opened, loaded and removed while others are served."""
+
+from __future__ import annotations
+
+import threading
+
+from hps_numba.config import InferenceParams, ParameterServerConfig
+from hps_numba.errors import ClosedError, ConfigError, HPSError, UnknownTableError
+from hps_numba.runtime.backfill import BackfillQueue
+from hps_numba.runtime.estimate import host_shares
+from hps_numba.runtime.gate import Gate
+from hps_numba.runtime.hierarchy import Hierarchy
+from hps_numba.runtime.loading import LoadProgress, Source, load_table
+from hps_numba.runtime.session import LookupSession, ServedModel
+from hps_numba.runtime.stores import Stores
+from hps_numba.tiers.model_files import open_model_directory
+from hps_numba.types import TableSpec
+
+
+class ModelSet:
+    """What is served, by name. Thread-safe; changes of the set wait for each other.
+
+    Parameters
+    ----------
+    config
+        The server's configuration; its models are not served before ``add`` is called.
+    stores
+        The tiers.
+    backfills
+        Queue for rows that upper tiers lack.
+    progress
+        Told how far loading is.
+    """
+
+    def __init__(
+        self,
+        config: ParameterServerConfig,
+        stores: Stores,
+        backfills: BackfillQueue,
+        *,
+        progress: LoadProgress | None,
+    ) -> None:
+        self._config = config
+        self._stores = stores
+        self._backfills = backfills
+        self._progress = progress
+        self._changing = threading.Lock()
+        self._served: dict[str, ServedModel] = {}  # written under _changing
+        self._grants: dict[str, int] = {}  # host bytes by tag, guarded by _changing
+
+    @property
+    def served(self) -> tuple[ServedModel, ...]:
+        """The models, in the order in which they were added."""
+        return tuple(self._served.values())
+
+    def __getitem__(self, name: str) -> ServedModel:
+        served = self._served.get(name)
+        if served is None:
+            raise self._unknown(name, "is not served")
+        return served
+
+    def session(self, name: str, device: int) -> LookupSession | None:
+        """Return the session of a model on a device if there is one."""
+        served = self._served.get(name)
+        return served.sessions.get(device) if served is not None else None
+
+    def add(self, models: tuple[InferenceParams, ...], *, force_reload: bool) -> None:
+        """Serve models, which share the host memory that is left.
+
+        Raises
+        ------
+        ConfigError
+            If a model of that name is served, or there is no host memory left.
+        ModelFileError, TierError
+            If a table cannot be loaded; the model is not served then.
+        """
+        with self._changing:
+            for params in models:
+                if params.model_name in self._served:
+                    raise ConfigError(
+                        f"model {params.model_name!r} is served already; use reload() "
+                        f"for new files, or remove_model() first"
+                    )
+            budget = self._config.volatile_db.max_bytes
+            if budget is not None:
+                budget -= sum(self._grants.values())
+            shares = host_shares(self._config, models, budget)
+            for params in models:
+                self._serve_locked(params, shares, force_reload)
+
+    def remove(self, name: str, *, drop_tables: bool) -> None:
+        """Stop serving a model, once its lookups have ended."""
+        with self._changing:
+            served = self[name]
+            del self._served[name]
+            served.gate.close(lambda: self._unknown(name, "was removed"))
+            self._release_locked(served, drop_tables=drop_tables)
+
+    def reload(self, name: str, *, force: bool) -> bool:
+        """Load what changed of a model's files; return whether anything did."""
+        with self._changing:
+            served = self[name]
+            return self._load(served, force) > 0
+
+    def close(self) -> None:
+        """Let nobody in, and wait until everybody is out."""
+        for served in self.served:
+            served.gate.close()
+
+    def _serve_locked(
+        self, params: InferenceParams, shares: dict[str, int | None], force: bool
+    ) -> None:
+        served = ServedModel(
+            params,
+            tuple(self._open_locked(s, shares[s.tag]) for s in params.tables()),
+            Gate(params.model_name, server_closed),
+        )
+        try:
+            self._load(served, force)
+        except BaseException:
+            self._release_locked(served, drop_tables=False)
+            raise
+        self._served[params.model_name] = served
+
+    def _open_locked(self, spec: TableSpec, max_bytes: int | None) -> Hierarchy:
+        for tier in self._stores.tiers:
+            tier.open_table(spec, max_bytes=max_bytes)
+        self._grants[spec.tag] = max_bytes or 0
+        config = self._config
+        fills = config.volatile_db.cache_missed_embeddings
+        return Hierarchy(
+            spec,
+            self._stores.tiers,
+            backfills=self._backfills if fills else None,
+            on_failure=config.on_tier_failure,
+            write_rows=min(
+                config.volatile_db.max_batch_size, config.persistent_db.max_batch_size
+            ),
+        )
+
+    def _release_locked(self, served: ServedModel, *, drop_tables: bool) -> None:
+        for table in served.tables:
+            self._grants.pop(table.spec.tag, None)
+            for tier in self._stores.tiers:
+                if tier is self._stores.volatile or drop_tables:
+                    tier.drop_table(table.spec.tag)
+
+    def _load(self, served: ServedModel, force: bool) -> int:
+        """Load tables and return how many were not stored already."""
+        return sum(
+            load_table(
+                table, self._stores, source, force=force, progress=self._progress
+            )
+            for table, source in zip(
+                served.tables, _sources(served.params), strict=True
+            )
+        )
+
+    def _unknown(self, name: str, what: str) -> HPSError:
+        return UnknownTableError(
+            f"model {name!r} {what}; served are {', '.join(self._served) or 'none'}"
+        )
+
+
+def server_closed() -> HPSError:
+    """Return the error of a call that comes after ``close``."""
+    return ClosedError("the server is closed")
+
+
+def _sources(params: InferenceParams) -> list[Source | None]:
+    """Return where each table's rows come from; checks the sizes of the files."""
+    specs = params.tables()
+    if not params.sparse_model_files:
+        return [None] * len(specs)
+    return [
+        Source(open_model_directory(path, spec.dim, table=spec.tag), params)
+        for spec, path in zip(specs, params.sparse_model_files, strict=True)
+    ]
