@@ -21,6 +21,8 @@ def as_keys(keys: ArrayLike, spec: TableSpec) -> Keys:
     TypeError
         If the keys are not integers.
     """
+    if isinstance(keys, np.ndarray) and keys.dtype == np.int64 and keys.flags.carray:
+        return keys
     array = keys if isinstance(keys, np.ndarray) else np.asarray(keys)
     if array.size == 0 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)

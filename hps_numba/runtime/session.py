@@ -162,6 +162,9 @@ class LookupSession:
         else:
             rows = np.empty((flat_keys.size, spec.dim), spec.numpy_dtype)
         step = self._chunk_keys
+        if flat_keys.size <= step:
+            chunks = [Chunk(flat_keys, rows, flat_found)] if flat_keys.size else []
+            return _Request(hierarchy, result, flags, chunks, rows)
         chunks = [
             Chunk(
                 flat_keys[low : low + step],
