@@ -13,6 +13,7 @@ from hps_numba.errors import HPSError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 _BLUE, _ORANGE, _GREY, _INK = "#2f6db3", "#e0812f", "#b9bec6", "#30343b"
 _STYLE: dict[str, Any] = {
@@ -87,6 +88,26 @@ def _times(outcome: Outcome, requests: NDArray[np.int64]) -> tuple[Any, str]:
     return workload.dates[samples], "day of the flights in a request"
 
 
+def _round_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers: 1, 2, 5, 10 and so on."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _show_months(axes: Axes, outcome: Outcome) -> None:
+    """Label an axis of dates with the names of months or days."""
+    if outcome.workload.dates is None:
+        return
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(minticks=4)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
 def _mark_cut_off(axes: Axes, outcome: Outcome) -> None:
     """Show from where on there are ids that the model was not trained on."""
     workload = outcome.workload
@@ -94,11 +115,14 @@ def _mark_cut_off(axes: Axes, outcome: Outcome) -> None:
     at = _times(outcome, request)[0][0]
     axes.axvline(at, color=_INK, linestyle=":", linewidth=1.2)
     axes.annotate(
-        "end of training ",
+        "end of training",
         (at, 0.04),
         xycoords=("data", "axes fraction"),
+        xytext=(-8, 0),
+        textcoords="offset points",
         ha="right",
         fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2},
     )
 
 
@@ -112,10 +136,15 @@ def _draw_latency(axes: Axes, outcome: Outcome) -> None:
     axes.scatter(times[updated], milliseconds[updated], s=9, color=_ORANGE, alpha=0.6)
     axes.plot(times, _running_median(milliseconds), color=_INK, linewidth=1.4)
     axes.set_yscale("log")
+    _round_ticks(axes.yaxis)
     axes.set(title="Time per request", ylabel="ms", xlabel=label)
+    _show_months(axes, outcome)
     axes.legend(
         ["request", "request during an update", f"median of {_MEDIAN_WINDOW}"],
-        frameon=False,
+        loc="upper left",
+        ncols=3,
+        framealpha=0.8,
+        edgecolor="none",
         fontsize=9,
     )
 
@@ -146,22 +175,29 @@ def _draw_distribution(axes: Axes, outcome: Outcome) -> None:
     shares = np.arange(1, len(milliseconds) + 1) / len(milliseconds)
     axes.plot(milliseconds, shares * 100, color=_BLUE, linewidth=2)
     latency = outcome.latency
-    marks = {"p50": latency.p50_ms, "p95": latency.p95_ms, "p99": latency.p99_ms}
-    for name, value in marks.items():
-        axes.plot([value], [float(name[1:])], "o", color=_INK, markersize=4)
+    marks = (
+        (50, latency.p50_ms, 0),
+        (95, latency.p95_ms, -2),
+        (99, latency.p99_ms, 8),
+    )
+    for percent, value, raised in marks:
+        axes.plot([value], [percent], "o", color=_INK, markersize=4)
         axes.annotate(
-            f"{name}  {value:.2f} ms",
-            (value, float(name[1:])),
-            xytext=(8, -12),
+            f"p{percent}  {value:.2f} ms",
+            (value, percent),
+            xytext=(-8, raised),
             textcoords="offset points",
+            ha="right",
+            va="center",
             fontsize=9,
         )
     axes.set_xscale("log")
+    _round_ticks(axes.xaxis)
     axes.set(
         title="Distribution of the time per request",
         xlabel="ms",
         ylabel="% of requests",
-        ylim=(0, 103),
+        ylim=(0, 107),
     )
 
 
@@ -185,6 +221,7 @@ def _draw_sources(axes: Axes, outcome: Outcome) -> None:
     _mark_cut_off(axes, outcome)
     axes.set(title="Where rows came from", xlabel=label, ylabel="% of keys")
     axes.set_ylim(0, 100)
+    _show_months(axes, outcome)
     axes.legend(loc="lower left", fontsize=9, framealpha=0.9)
 
 
@@ -193,7 +230,7 @@ def _draw_staleness(axes: Axes, outcome: Outcome) -> None:
         title="Updates: time since update() was called",
         xlabel="ms",
         ylabel="% of updates",
-        ylim=(0, 103),
+        ylim=(0, 107),
     )
     if not outcome.updates:
         axes.annotate("no updates", (0.5, 0.5), xycoords="axes fraction", ha="center")
@@ -207,4 +244,5 @@ def _draw_staleness(axes: Axes, outcome: Outcome) -> None:
         shares = np.arange(1, len(milliseconds) + 1) * 100 / len(milliseconds)
         axes.plot(milliseconds, shares, color=color, linewidth=2, label=title)
     axes.set_xscale("log")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    _round_ticks(axes.xaxis)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
