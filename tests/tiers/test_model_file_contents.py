@@ -40,6 +40,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
     keys = rng.integers(0, 600_000, MANY_ROWS)
     rows = rng.normal(5.0, 2.0, (MANY_ROWS, 4)).astype(np.float32)
     rows[::1000] = 0
+    rows[1::1000, :3] = 0
     rows[5::100_000, 1] = np.nan
     rows[5::100_000, 2] = np.inf
     rows[-1, 3] = -np.inf

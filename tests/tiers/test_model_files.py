@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from hps_numba.errors import ModelFileError
 from hps_numba.tiers.model_files import open_model_directory, write_model_directory
+from hps_numba.tiers.model_files.directory import BLOCK_ROWS
 from hps_numba.types import RowBlock
 
 INT64 = np.iinfo(np.int64)
@@ -118,6 +119,16 @@ def test_sorted_blocks_keep_the_last_row_over_many_blocks(tmp_path: Path) -> Non
     assert got_rows[:, 0].tolist() == [expected[key] for key in sorted(expected)]
 
 
+def test_one_key_out_of_order_between_blocks_is_noticed(tmp_path: Path) -> None:
+    keys = np.arange(2 * BLOCK_ROWS)
+    keys[[BLOCK_ROWS - 1, BLOCK_ROWS]] = keys[[BLOCK_ROWS, BLOCK_ROWS - 1]]
+    write_model_directory(tmp_path, keys, keys.astype(np.float32).reshape(-1, 1))
+    blocks = list(open_model_directory(tmp_path, 1).sorted_blocks())
+    got_keys, got_rows = joined(blocks, 1)
+    np.testing.assert_array_equal(got_keys, np.arange(2 * BLOCK_ROWS))
+    np.testing.assert_array_equal(got_rows[:, 0], got_keys)
+
+
 @pytest.mark.parametrize("kind", ["blocks", "sorted_blocks"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_blocks_have_the_types_that_tiers_take(
@@ -163,6 +174,7 @@ def test_two_empty_files_are_an_empty_table(
     write_raw(tmp_path, b"", b"")
     directory = open_model_directory(tmp_path, 16, key_bytes=key_bytes)
     assert (directory.n_rows, directory.nbytes) == (0, 0)
+    assert directory.key_bytes == (key_bytes or 8)
     assert directory.rows.shape == (0, 16)
     assert directory.keys.shape == (0,)
     assert list(directory.blocks()) == list(directory.sorted_blocks()) == []
@@ -222,6 +234,8 @@ def test_one_missing_byte_is_told_with_all_sizes(
         ),
         (bytes(16), b"", 3, "0 rows of dim 3 need 0 bytes"),
         (bytes(24), bytes(24), 3, "2 rows of dim 3 need 16 bytes"),
+        (bytes(17), bytes(24), 3, "2 rows of dim 3 need 16 bytes"),
+        (bytes(9), bytes(24), 3, "2 rows of dim 3 need 16 bytes"),
         (
             bytes(16),
             bytes(24),
@@ -377,13 +391,16 @@ def test_an_open_directory_keeps_the_version_that_it_opened(tmp_path: Path) -> N
     assert open_model_directory(tmp_path, 3).keys.tolist() == [9]
 
 
+@pytest.mark.parametrize("n_written", [0, 1])
 def test_a_failed_write_leaves_the_old_files_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
 ) -> None:
     write_model_directory(tmp_path, [1, 2], numbered_rows(2, 3))
+    results = iter([None] * n_written)
 
     def full_disk(_handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        if next(results, OSError) is OSError:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
