@@ -134,7 +134,7 @@ class HostTier(Tier):
             )
             for low, high in pairwise(edges[1:])
         ]
-        hits = _fetch(table, *(a[: edges[1]] for a in (keys, out, found)))
+        hits = _fetch(table, keys[: edges[1]], out[: edges[1]], found[: edges[1]])
         return hits + sum(part.result() for part in parts)
 
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
