@@ -59,5 +59,3 @@ class UpdateStamps:
 def _bucket(keys: Keys) -> NDArray[np.uint64]:
     mixed: NDArray[np.uint64] = keys.view(np.uint64) * _MIX
     return mixed >> np.uint64(64 - 14)
-
-

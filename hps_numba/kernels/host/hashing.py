@@ -46,8 +46,8 @@ def group_by_partition(keys, n_partitions):
         p = np.int32(hash_key(keys[i]) % np.uint64(n_partitions))
         parts[i] = p
         bounds[p + 1] += 1
-    for p in range(n_partitions):
-        bounds[p + 1] += bounds[p]
+    for q in range(n_partitions):
+        bounds[q + 1] += bounds[q]
     order = np.empty(n, np.int64)
     cursor = bounds[:-1].copy()
     for i in range(n):

@@ -1,0 +1,386 @@
+"""A RocksDB database: column families, atomic batches, sorted files, errors.
+
+The only file that knows rocksdict. It moves bytes; keys, rows and tables are the
+business of ``hps_numba.tiers.rocksdb``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    DbClosedError,
+    DBCompressionType,
+    IngestExternalFileOptions,
+    Options,
+    Rdict,
+    ReadOptions,
+    SstFileWriter,
+    WriteBatch,
+    WriteOptions,
+)
+
+from hps_numba.errors import (
+    ClosedError,
+    HPSError,
+    TierCorruptionError,
+    TierError,
+    TierUnavailableError,
+)
+
+NAME = "rocksdb"
+META_FAMILY = "hps_meta"
+LOAD_DIRECTORY = "hps_load"
+
+_BLOOM_BITS = 10
+_BLOCK_BYTES = 16 << 10
+_MEMTABLE_BYTES = 64 << 20
+# rocksdict keeps the GIL while it fills a batch or a file: other threads get it back
+# after this many rows, which is below one millisecond.
+_ROWS_PER_GIL = 1024
+
+
+class Family:
+    """One column family: a sorted map from bytes to bytes.
+
+    Safe for several threads. A family that was dropped stays readable as long as a
+    reader keeps this object; nothing may be written to it.
+    """
+
+    def __init__(self, db: Rdict, name: str) -> None:
+        self.name = name
+        self.handle = db.get_column_family_handle(name)
+        self._map = db.get_column_family(name)
+        self._scan_options = ReadOptions()
+        self._scan_options.fill_cache(False)
+
+    def multi_get(self, keys: list[bytes]) -> list[bytes | None]:
+        """Return the value of each key, None where there is none."""
+        values: list[bytes | None] = self._map.get(keys)
+        return values
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value of one key, or None."""
+        value: bytes | None = self._map.get(key)
+        return value
+
+    def scan(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Return up to ``limit`` pairs from ``start`` on, in key order."""
+        items = self._map.items(from_key=start, read_opt=self._scan_options)
+        return list(islice(items, limit))
+
+    def scan_keys(self, start: bytes, limit: int) -> list[bytes]:
+        """Return up to ``limit`` keys from ``start`` on, in order."""
+        keys = self._map.keys(from_key=start, read_opt=self._scan_options)
+        return list(islice(keys, limit))
+
+    def estimate_keys(self) -> int:
+        """Return RocksDB's estimate of the number of keys."""
+        return self._property("rocksdb.estimate-num-keys")
+
+    def estimate_bytes(self) -> int:
+        """Return the bytes of the family's files and memtables."""
+        return self._property("rocksdb.live-sst-files-size") + self._property(
+            "rocksdb.size-all-mem-tables"
+        )
+
+    def ingest(self, files: Sequence[str]) -> None:
+        """Take over sorted files, all in one step."""
+        options = IngestExternalFileOptions()
+        options.set_move_files(True)
+        self._map.ingest_external_file(list(files), options)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        del self.handle
+        self._map.close()
+
+    def _property(self, name: str) -> int:
+        return int(self._map.property_int_value(name) or 0)
+
+
+class Batch:
+    """Writes that are applied together or not at all."""
+
+    def __init__(self) -> None:
+        self.pending = WriteBatch(raw_mode=True)
+
+    def put_all(
+        self, family: Family, keys: Sequence[bytes], values: Sequence[bytes]
+    ) -> None:
+        """Add one pair per key."""
+        self.pending.set_default_column_family(family.handle)
+        _call_all(self.pending.__setitem__, keys, values)
+
+    def delete_all(self, family: Family, keys: Sequence[bytes]) -> None:
+        """Add one removal per key."""
+        self.pending.set_default_column_family(family.handle)
+        _call_all(self.pending.__delitem__, keys)
+
+    def put(self, family: Family, key: bytes, value: bytes) -> None:
+        """Add one pair."""
+        self.pending.put(key, value, family.handle)
+
+    def delete(self, family: Family, key: bytes) -> None:
+        """Add one removal."""
+        self.pending.delete(key, family.handle)
+
+
+class RocksStore:
+    """An open database.
+
+    Every use of the database or of a family happens inside ``using``; the last user
+    that leaves after ``close`` closes the files, so none meets a closed handle.
+
+    Parameters
+    ----------
+    path
+        Directory of the database; created if missing, unless read-only.
+    read_only
+        Refuse writes; another process may have the database open.
+    cache_bytes
+        Block cache, shared by all families.
+    direct_reads
+        Read around the operating system's page cache.
+
+    Raises
+    ------
+    TierUnavailableError
+        If the path cannot be used or another process holds the database.
+    TierCorruptionError
+        If the files are damaged.
+    """
+
+    def __init__(
+        self, path: str, *, read_only: bool, cache_bytes: int, direct_reads: bool
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._options = _options(cache_bytes, direct_reads=direct_reads)
+        self._lock = threading.Lock()
+        self._users = 0  # guarded by _lock
+        self._closed = False  # guarded by _lock
+        self._families: dict[str, Family] = {}  # guarded by _lock
+        with map_exceptions(path):
+            self._db = self._open()
+            for name in self._stored_families():
+                self._families[name] = Family(self._db, name)
+        if META_FAMILY not in self._families and not read_only:
+            self.create_family(META_FAMILY)
+
+    @property
+    def meta(self) -> Family:
+        """The family of the metadata."""
+        return self._families[META_FAMILY]
+
+    @property
+    def has_meta(self) -> bool:
+        """Whether there is metadata; a foreign database that is read has none."""
+        return META_FAMILY in self._families
+
+    @contextmanager
+    def using(self, tag: str = "") -> Iterator[None]:
+        """Keep the database open and translate its errors.
+
+        Raises
+        ------
+        ClosedError
+            If ``close`` was called before.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{NAME}: the database {self.path} is closed")
+            self._users += 1
+        try:
+            with map_exceptions(self.path, tag):
+                yield
+        finally:
+            self._leave()
+
+    def check_writable(self, tag: str) -> None:
+        """Refuse to write to a database that is open read-only."""
+        if self.read_only:
+            raise TierUnavailableError(
+                f"{self.path} is open read-only; set persistent_db.read_only to false "
+                f"to create or change tables",
+                tier=NAME,
+                tag=tag,
+            )
+
+    def family(self, name: str) -> Family:
+        """Return an existing family."""
+        with self._lock:
+            return self._families[name]
+
+    def families(self) -> list[str]:
+        """Return the names of all families but the metadata's."""
+        with self._lock:
+            return [name for name in self._families if name != META_FAMILY]
+
+    def create_family(self, name: str) -> Family:
+        """Create an empty family."""
+        self._db.create_column_family(name, self._options)
+        family = Family(self._db, name)
+        with self._lock:
+            self._families[name] = family
+        return family
+
+    def drop_family(self, name: str) -> None:
+        """Drop a family; readers that hold it may finish."""
+        with self._lock:
+            del self._families[name]
+        self._db.drop_column_family(name)
+
+    def write(self, batch: Batch, *, sync: bool = False) -> None:
+        """Apply a batch; it survives the end of this process.
+
+        Parameters
+        ----------
+        batch
+            Consumed by the call.
+        sync
+            Wait until the disk has it, so that it survives a power failure too.
+        """
+        options = WriteOptions()
+        options.sync = sync
+        self._db.write(batch.pending, options)
+
+    def write_files(
+        self,
+        directory: Path,
+        pairs: Iterable[tuple[list[bytes], list[bytes]]],
+        *,
+        file_bytes: int,
+    ) -> list[str]:
+        """Write ascending pairs to sorted files and return their paths."""
+        files: list[str] = []
+        writer = None
+        for keys, values in pairs:
+            if writer is None:
+                files.append(str(directory / f"{len(files):06d}.sst"))
+                writer = SstFileWriter(self._options)
+                writer.open(files[-1])
+            _call_all(writer.__setitem__, keys, values)
+            if writer.file_size() >= file_bytes:
+                writer.finish()
+                writer = None
+        if writer is not None:
+            writer.finish()
+        return files
+
+    @contextmanager
+    def load_directory(self) -> Iterator[Path]:
+        """Lend an empty directory on the file system of the database."""
+        parent = Path(self.path) / LOAD_DIRECTORY
+        parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as directory:
+            yield Path(directory)
+
+    def close(self) -> None:
+        """Refuse further use; the last user closes the files."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._users += 1
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._closed and self._users == 0
+        if last:
+            with map_exceptions(self.path):
+                self._close_files()
+
+    def _close_files(self) -> None:
+        for family in self._families.values():
+            family.close()
+        self._families.clear()
+        self._db.close()
+
+    def _open(self) -> Rdict:
+        if self.read_only:
+            access = AccessType.read_only(False)
+        else:
+            access = AccessType.read_write()
+            os.makedirs(self.path, exist_ok=True)
+            shutil.rmtree(Path(self.path) / LOAD_DIRECTORY, ignore_errors=True)
+        families = dict.fromkeys(self._stored_families(), self._options)
+        return Rdict(self.path, self._options, families, access)
+
+    def _stored_families(self) -> list[str]:
+        if not self.read_only and not (Path(self.path) / "CURRENT").exists():
+            return []
+        stored = Rdict.list_cf(self.path, self._options)
+        return [name for name in stored if name != "default"]
+
+
+@contextmanager
+def map_exceptions(path: str, tag: str = "") -> Iterator[None]:
+    """Translate what rocksdict and the file system raise to this package's errors."""
+    try:
+        yield
+    except HPSError:
+        raise
+    except DbClosedError as exc:
+        raise ClosedError(f"{NAME}: the database {path} is closed") from exc
+    except OSError as exc:
+        raise TierUnavailableError(
+            f"{path}: {exc.strerror or exc}; check the path and its permissions",
+            tier=NAME,
+            tag=tag,
+        ) from exc
+    except Exception as exc:
+        # rocksdict raises plain Exception with the text of RocksDB's status.
+        if type(exc) is not Exception:
+            raise
+        raise _tier_error(path, tag, str(exc)) from exc
+
+
+def _tier_error(path: str, tag: str, status: str) -> HPSError:
+    kind: type[TierError] = TierUnavailableError
+    advice = "check the path and its permissions, then retry"
+    if status.startswith("Corruption"):
+        kind = TierCorruptionError
+        advice = "the files are damaged: restore them, or remove them and deploy again"
+    elif "lock hold" in status or "While lock file" in status:
+        advice = "it is open elsewhere: close that one, or open this one read-only"
+    elif "read only mode" in status:
+        advice = "it was opened read-only: open it for writing"
+    elif "No space left" in status:
+        advice = "free disk space, then retry"
+    return kind(f"{path}: {status}; {advice}", tier=NAME, tag=tag)
+
+
+def _options(cache_bytes: int, *, direct_reads: bool) -> Options:
+    table = BlockBasedOptions()
+    table.set_block_cache(Cache(cache_bytes))
+    table.set_block_size(_BLOCK_BYTES)
+    table.set_bloom_filter(_BLOOM_BITS, False)
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_block_based_table_factory(table)
+    options.set_compression_type(DBCompressionType.none())
+    options.set_write_buffer_size(_MEMTABLE_BYTES)
+    options.set_use_direct_reads(direct_reads)
+    options.set_keep_log_file_num(4)
+    return options
+
+
+def _call_all(method: object, *columns: Sequence[bytes]) -> None:
+    """Call a method for each row of the columns, without a Python loop per row."""
+    for start in range(0, len(columns[0]), _ROWS_PER_GIL):
+        rows = (column[start : start + _ROWS_PER_GIL] for column in columns)
+        deque(map(method, *rows), maxlen=0)  # type: ignore[call-overload]
