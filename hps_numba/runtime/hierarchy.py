@@ -89,6 +89,16 @@ class Hierarchy:
         self._in_flight = InFlight(spec) if self._remote else None
         self._write_lock = threading.Lock()  # one update at a time, in all tiers
 
+    def warm_up(self) -> None:
+        """Compile what the first lookup would otherwise wait for; counts nothing."""
+        key = np.zeros(1, np.int64)
+        self.locate(key)
+        if self._in_flight is not None:
+            flight = self._in_flight.board(key).flight
+            self._in_flight.land(flight, failed=True)
+            rows, nowhere = flight.rows.view(np.uint8), np.zeros(0, np.int64)
+            scatter_rows(rows, flight.found, nowhere, nowhere, rows, flight.found)
+
     def ask_local(self, chunk: Chunk) -> None:
         """Resolve what the tiers in this process's memory know."""
         n_keys = chunk.keys.size

@@ -117,6 +117,8 @@ class ModelSet:
         )
         try:
             self._load(served, force)
+            for table in served.tables:
+                table.warm_up()
         except BaseException:
             self._release_locked(served, drop_tables=False)
             raise
