@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,9 +123,15 @@ def deploy(
         bool,
         typer.Option("--force", help="Load unchanged files, too. Undoes updates."),
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print the bytes it takes; load nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Load model directories into the tiers, or resume what is stored."""
+    if estimate:
+        _print_estimate(config, as_json=as_json)
+        return
     from hps_numba.cli.deploy import LoadWatch
     from hps_numba.cli.output import deployment_json, print_deployment, print_json
     from hps_numba.cli.progress import table_progress
@@ -138,6 +145,18 @@ def deploy(
         print_json(deployment_json(tables))
     else:
         print_deployment(tables)
+
+
+def _print_estimate(config: Path, *, as_json: bool) -> None:
+    from hps_numba.cli.output import print_estimate, print_json
+    from hps_numba.config import ParameterServerConfig
+    from hps_numba.runtime.estimate import estimate
+
+    expected = estimate(ParameterServerConfig.from_json(config))
+    if as_json:
+        print_json(asdict(expected))
+    else:
+        print_estimate(expected)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # -1 is a key

@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from hps_numba.cli.deploy import DeployedTable
     from hps_numba.cli.lookup import LocatedRow
+    from hps_numba.runtime.estimate import Estimate
     from hps_numba.tiers.model_files import FileSummary
 
 _SHOWN_VALUES = 8  # of a row; JSON has all of them
@@ -37,6 +38,22 @@ def print_summary(summary: FileSummary) -> None:
     }
     for name, text in lines.items():
         typer.echo(f"  {name:<12}{text}")
+
+
+def print_estimate(expected: Estimate) -> None:
+    """Print the bytes that each table will take, and their sums."""
+    header = ("table", "rows", "host bytes", "rows in host", "disk bytes")
+    names = [f"{each.model}/{each.table}" for each in expected.tables]
+    numbers = [
+        (each.rows, each.host_bytes, each.host_rows, each.disk_bytes)
+        for each in expected.tables
+    ]
+    sums = tuple(sum(column) for column in zip(*numbers, strict=True))
+    lines = [
+        (name, *(f"{number:,}" for number in row))
+        for name, row in zip([*names, "all"], [*numbers, sums], strict=True)
+    ]
+    _print_columns(header, lines, right=set(header[1:]))
 
 
 def print_deployment(tables: Sequence[DeployedTable]) -> None:
