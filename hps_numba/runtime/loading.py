@@ -70,7 +70,9 @@ def load_table(
         If a tier cannot be written.
     """
     tag = table.spec.tag
-    loading = source is not None and _is_new(tag, stores, source.directory, force)
+    loading = source is not None and _is_new(
+        table, stores, source.directory, force=force, progress=progress
+    )
     if source is not None and loading:
         _check(table, source, progress)
     with table.replacing():
@@ -78,19 +80,35 @@ def load_table(
             _load_persistent(table, stores.persistent, source.directory, progress)
             table.forget_flights()
         if stores.volatile is not None and stores.fill_volatile:
-            _load_volatile(table, stores, source if loading else None, progress)
+            untouched = stores.persistent is not None and stores.persistent.untouched(
+                tag
+            )
+            current = source if loading or untouched else None
+            _load_volatile(table, stores, current, progress)
             table.forget_flights()
     logger.info("table=%s %s", tag, "loaded" if loading else "resumed")
     return loading
 
 
-def _is_new(tag: str, stores: Stores, files: ModelDirectory, force: bool) -> bool:
+def _is_new(
+    table: Hierarchy,
+    stores: Stores,
+    files: ModelDirectory,
+    *,
+    force: bool,
+    progress: LoadProgress | None,
+) -> bool:
     """Whether the files are to be loaded, by what is stored and configured."""
-    persistent = stores.persistent
+    tag, persistent = table.spec.tag, stores.persistent
     if persistent is None:
         return stores.fill_volatile or force
     stored = persistent.fingerprint(tag)
-    if stored is not None and not force and matches(files, Fingerprint(**stored)):
+    report = _reporter(progress, table, "compare", files.n_rows, announce=False)
+    if (
+        stored is not None
+        and not force
+        and matches(files, Fingerprint.from_json(stored), progress=report)
+    ):
         return False
     if persistent.read_only:
         logger.warning(
@@ -132,7 +150,9 @@ def _load_persistent(
         files.sorted_blocks(table.spec.numpy_dtype),
         progress=_reporter(progress, table, persistent.name, files.n_rows),
         ascending=True,
-        fingerprint=fingerprint(files).to_json(),
+        fingerprint=fingerprint(
+            files, progress=_reporter(progress, table, "digest", files.n_rows)
+        ).to_json(),
     )
 
 
@@ -157,12 +177,19 @@ def _load_volatile(
 
 
 def _reporter(
-    progress: LoadProgress | None, table: Hierarchy, step: str, total: int
+    progress: LoadProgress | None,
+    table: Hierarchy,
+    step: str,
+    total: int,
+    *,
+    announce: bool = True,
 ) -> Progress | None:
+    """Return what counts the rows of a step; ``announce`` tells of it at once."""
     if progress is None:
         return None
     label, done = f"{table.spec.model}/{table.spec.name} {step}", 0
-    progress(label, 0, total)
+    if announce:
+        progress(label, 0, total)
 
     def report(n_rows: int) -> None:
         nonlocal done

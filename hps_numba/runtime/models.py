@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Literal
 
 from hps_numba.config import InferenceParams, ParameterServerConfig
 from hps_numba.errors import ClosedError, ConfigError, HPSError, UnknownTableError
@@ -154,9 +155,25 @@ class ModelSet:
                 table, self._stores, source, force=force, progress=self._progress
             )
             for table, source in zip(
-                served.tables, _sources(served.params), strict=True
+                served.tables, self._sources(served.params), strict=True
             )
         )
+
+    def _sources(self, params: InferenceParams) -> list[Source | None]:
+        """Return where each table's rows come from; checks the sizes of the files."""
+        specs = params.tables()
+        if not params.sparse_model_files:
+            return [None] * len(specs)
+        key_bytes: Literal[8] | None = 8 if self._config.supportlonglong else None
+        return [
+            Source(
+                open_model_directory(
+                    path, spec.dim, key_bytes=key_bytes, table=spec.tag
+                ),
+                params,
+            )
+            for spec, path in zip(specs, params.sparse_model_files, strict=True)
+        ]
 
     def _unknown(self, name: str, what: str) -> HPSError:
         return UnknownTableError(
@@ -167,14 +184,3 @@ class ModelSet:
 def server_closed() -> HPSError:
     """Return the error of a call that comes after ``close``."""
     return ClosedError("the server is closed")
-
-
-def _sources(params: InferenceParams) -> list[Source | None]:
-    """Return where each table's rows come from; checks the sizes of the files."""
-    specs = params.tables()
-    if not params.sparse_model_files:
-        return [None] * len(specs)
-    return [
-        Source(open_model_directory(path, spec.dim, table=spec.tag), params)
-        for spec, path in zip(specs, params.sparse_model_files, strict=True)
-    ]

@@ -223,5 +223,9 @@ class PersistentTier(Tier):
         """
 
     @abstractmethod
+    def untouched(self, tag: str) -> bool:
+        """Return whether the table holds just the rows of its last ``load``."""
+
+    @abstractmethod
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
         """Return what the last ``load`` of the table was given, or None."""

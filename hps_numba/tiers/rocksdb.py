@@ -6,7 +6,7 @@ and the files it was loaded from, holds its update epoch, and the offsets of upd
 sources. Metadata is written in the same batch as the rows that it is about, and the
 step from one family to the next is one write: a process killed at any instant leaves
 each batch whole or absent, and a table before or after a load. A family that no table
-names is what a killed load left; it is dropped at the next start.
+names was left by a killed load; it is dropped at the next start.
 """
 
 from __future__ import annotations
@@ -262,6 +262,12 @@ class RocksDBTier(PersistentTier):
         with self._store.using(tag):
             return self._table(tag).entry.fingerprint
 
+    def untouched(self, tag: str) -> bool:
+        """Return whether the table holds just the rows of its last ``load``."""
+        with self._store.using(tag):
+            table = self._table(tag)
+            return table.stamps.epoch == table.entry.loaded_epoch
+
     def offsets(self) -> dict[str, int]:
         """Return the position of every update source, as stored with rows."""
         with self._store.using():
@@ -325,7 +331,7 @@ class RocksDBTier(PersistentTier):
         return sorted(entry.name for entry in entries if entry.model == model)
 
     def size(self, tag: str) -> int:
-        """Return the exact number of rows, by a scan of all keys."""
+        """Return the exact number of rows, by a scan of the keys."""
         with self._store.using(tag):
             return self._table(tag).count()
 

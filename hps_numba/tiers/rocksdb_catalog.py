@@ -32,6 +32,7 @@ class Entry:
     generation: int = 0
     family: str | None = None  # None: nothing was stored yet
     fingerprint: dict[str, Any] | None = None
+    loaded_epoch: int = -1  # the epoch right after the last load
 
     @classmethod
     def of(cls, spec: TableSpec) -> Entry:

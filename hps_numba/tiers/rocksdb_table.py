@@ -90,7 +90,11 @@ class RocksTable:
             part = slice(low, low + self._write_rows)
             batch = Batch()
             self._add(batch, keys[part], None if rows is None else rows[part])
+            entry = replace(self.entry, loaded_epoch=-1)
+            self._catalog.put_entry(batch, self.spec.tag, entry)
             self._store.write(batch)
+            with self.lock:
+                self.entry = entry
 
     def _add(self, batch: Batch, keys: Keys, rows: Rows | None) -> None:
         if rows is not None and self.family is None:
@@ -142,6 +146,7 @@ class RocksTable:
             generation=generation,
             family=family.name if family else None,
             fingerprint=fingerprint,
+            loaded_epoch=self.stamps.epoch + 1 if family else -1,
         )
         batch = Batch()
         self._catalog.put_entry(batch, self.spec.tag, entry)
