@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hps_numba.demo.report import PATH, Outcome
+from hps_numba.demo.report import Outcome
 from hps_numba.errors import HPSError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def write_plot(outcome: Outcome, path: Path) -> None:
 
 def _title(outcome: Outcome) -> str:
     return (
-        f"{outcome.workload.title}\n{PATH}: {outcome.replay.n_keys:,} keys, "
+        f"{outcome.workload.title}\n{outcome.path}: {outcome.replay.n_keys:,} keys, "
         f"{outcome.keys_per_s:,.0f} keys/s, {outcome.total.rows:,} rows checked, "
         f"{outcome.total.wrong_rows:,} wrong"
     )

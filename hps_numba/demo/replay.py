@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,9 @@ def replay(
     lookups = CheckedLookups(server, workload, ledgers)
     began = monotonic()
     for number in range(workload.n_requests):
-        updater.advance((number + 1) / workload.n_requests)
-        requests.append(lookups.send(workload.request(number)))
+        share = (number + 1) / workload.n_requests
+        request = workload.request(number)
+        requests.append(lookups.send(request, partial(updater.advance, share)))
         if (number + 1) % every == 0:
             samples.append(_sample(server, workload, number + 1))
         advance(1)
@@ -149,11 +151,20 @@ class CheckedLookups:
             for name, table in self._tables.items()
         }
 
-    def send(self, request: Mapping[str, Positions]) -> RequestRecord:
-        """Send one request, and check its rows after the clock has stopped."""
+    def send(
+        self,
+        request: Mapping[str, Positions],
+        on_begin: Callable[[], None] | None = None,
+    ) -> RequestRecord:
+        """Send one request, and check its rows after the clock has stopped.
+
+        ``on_begin`` is called right before the lookup begins.
+        """
         keys = {name: self._tables[name].ids[asked] for name, asked in request.items()}
         found = {name: np.zeros(asked.shape, np.bool_) for name, asked in keys.items()}
         oldest = {name: self._checkers[name].oldest(request[name]) for name in request}
+        if on_begin is not None:
+            on_begin()
         began = monotonic()
         rows = self._session.lookup(keys, found=found)
         took_s = monotonic() - began

@@ -21,9 +21,6 @@ from hps_numba.demo.workload import Workload
 if TYPE_CHECKING:
     from hps_numba.runtime.stats import ServerStats
 
-PATH = "host memory + RocksDB, no GPU"
-"""The tiers that the demo's keys went through."""
-
 _TIER_TITLES = {"host": "host memory", "rocksdb": "RocksDB"}
 
 
@@ -103,6 +100,12 @@ class Outcome:
         return total
 
     @property
+    def path(self) -> str:
+        """The tiers that keys went through, for people."""
+        titles = [_TIER_TITLES.get(tier.tier, tier.tier) for tier in self.tiers()]
+        return f"{' + '.join(titles)}, no GPU"
+
+    @property
     def keys_per_s(self) -> float:
         """Keys per second of lookup time; checking the rows is not counted."""
         return self.replay.n_keys / float(self.replay.latencies_s.sum())
@@ -142,7 +145,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     replay, total = outcome.replay, outcome.total
     return {
         "hps_numba": __version__,
-        "path": PATH,
+        "path": outcome.path,
         "machine": _machine(),
         "data": _data(outcome.workload),
         "host_budget_bytes": outcome.host_budget_bytes,
@@ -213,7 +216,7 @@ def _check(tally: Tally) -> dict[str, Any]:
 
 def summary(outcome: Outcome, output: Path) -> Table:
     """Return the table that the demo prints."""
-    table = Table(title=f"hps-numba demo: {PATH}", title_justify="left")
+    table = Table(title=f"hps-numba demo: {outcome.path}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("what it counts", style="dim")

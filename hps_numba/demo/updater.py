@@ -9,6 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hps_numba.demo.checker import Answer, Tally, VersionLedger, Versions
 from hps_numba.demo.deployment import TRAINED_VERSION
@@ -86,6 +87,14 @@ def _deal(table: TableLoad, positions: Positions, number: int) -> list[UpdateBat
     ]
 
 
+def _rows(batch: UpdateBatch) -> NDArray[np.float32]:
+    table = batch.table
+    keys = table.ids[batch.positions]
+    return known_rows(
+        table.salt, keys, batch.versions, dim=table.dim, default=table.default
+    )
+
+
 class Updater:
     """A thread that sends a plan, spread evenly over the replay.
 
@@ -149,9 +158,10 @@ class Updater:
     def _run(self) -> None:
         try:
             for number, batch in enumerate(self._plan):
+                rows = _rows(batch)  # ready before the replay gets there
                 if not self._reached(number / len(self._plan)):
                     return
-                self._send(batch)
+                self._send(batch, rows)
         except BaseException as exc:  # __exit__ raises it in the caller's thread
             self._failure = exc
 
@@ -161,13 +171,10 @@ class Updater:
             self._changed.wait_for(lambda: self._stopped or self._share >= share)
             return not self._stopped
 
-    def _send(self, batch: UpdateBatch) -> None:
+    def _send(self, batch: UpdateBatch, rows: NDArray[np.float32]) -> None:
         """Send one batch, look it up again, and check that it is there."""
         table, ledger = batch.table, self._ledgers[batch.table.name]
         keys = table.ids[batch.positions]
-        rows = known_rows(
-            table.salt, keys, batch.versions, dim=table.dim, default=table.default
-        )
         found = np.zeros(len(keys), np.bool_)
         ledger.begun[batch.positions] = batch.versions
         sent = monotonic()
