@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from hps_numba.errors import ClosedError, ConfigError, UnknownTableError
 from hps_numba.kernels.host import table as kernel
+from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_kernel
 from hps_numba.tiers.base import Tier, TierStats
 from hps_numba.tiers.host_table import HostTable, Overflow
 from hps_numba.types import (
@@ -31,6 +32,9 @@ from hps_numba.types import (
 
 _MIN_KEYS_PER_THREAD = 16_384
 _SNAPSHOT_ATTEMPTS = 32
+_UNCOUNTED = 0  # the tick of a fetch that is no use of the rows
+
+_FetchArgs = tuple[HostTable, Keys, Rows, Mask, int]
 
 
 class HostTier(Tier):
@@ -47,11 +51,16 @@ class HostTier(Tier):
         Most rows per partition, or None.
     overflow_policy
         Which rows a full partition gives up. ``evict_random`` costs a lookup nothing;
-        the others write a score per hit.
+        the others write a score per hit. A batch that is stored is used, too.
     overflow_resolution_target
         Share of the margin that eviction leaves.
     num_threads
         Threads that a large ``fetch`` is spread over, the caller's among them.
+
+    Raises
+    ------
+    ConfigError
+        If there is no partition, no thread, or no row in a partition.
 
     Notes
     -----
@@ -73,6 +82,18 @@ class HostTier(Tier):
         overflow_resolution_target: float = 0.8,
         num_threads: int = 1,
     ) -> None:
+        for option, value in (
+            ("num_partitions", num_partitions),
+            ("num_threads", num_threads),
+            ("overflow_margin", 1 if overflow_margin is None else overflow_margin),
+        ):
+            if value < 1:
+                raise ConfigError(f"host memory: {option}={value}; it is 1 or more")
+        if not 0 <= overflow_resolution_target <= 1:
+            raise ConfigError(
+                f"host memory: overflow_resolution_target="
+                f"{overflow_resolution_target}; it is between 0 and 1"
+            )
         self._num_partitions = num_partitions
         self._max_bytes = max_bytes
         self._overflow = Overflow(
@@ -120,34 +141,38 @@ class HostTier(Tier):
         """Copy known rows; see ``Tier.fetch``. Takes no lock."""
         table = self._table(tag)
         n = keys.shape[0]
-        _check(table.spec, keys, out, found)
+        check_rows(table.spec, keys, out)
+        check_output(table.spec, out, found)
         if n == 0:
             return 0
-        table.tick += 1
+        if not keys.flags.writeable or not keys.flags.aligned:
+            keys = for_kernel(keys)
+        tick = next(table.ticks)
         n_threads = min(self._num_threads, n // _MIN_KEYS_PER_THREAD)
         if n_threads <= 1 or self._pool is None:
-            return _fetch(table, keys, out, found)
+            return _fetch(table, keys, out, found, tick)
         edges = [n * k // n_threads for k in range(n_threads + 1)]
-        parts = [
-            self._pool.submit(
-                _fetch, table, keys[low:high], out[low:high], found[low:high]
-            )
-            for low, high in pairwise(edges[1:])
-        ]
-        hits = _fetch(table, keys[: edges[1]], out[: edges[1]], found[: edges[1]])
-        return hits + sum(part.result() for part in parts)
+        first, *others = (
+            (table, keys[low:high], out[low:high], found[low:high], tick)
+            for low, high in pairwise(edges)
+        )
+        parts = [self._submit(part) for part in others]
+        return _fetch(*first) + sum(part.result() for part in parts)
 
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
         """Store the newest rows of keys."""
         table = self._table(tag)
-        _check(table.spec, keys, rows)
+        check_rows(table.spec, keys, rows)
         with table.lock:
-            table.upsert_locked(keys, rows)
-            table.stamps.commit(keys)
+            try:
+                table.upsert_locked(keys, rows)
+            finally:
+                table.stamps.commit(keys)
 
     def delete(self, tag: str, keys: Keys) -> int:
         """Remove keys for good."""
         table = self._table(tag)
+        check_keys(table.spec, keys)
         with table.lock:
             removed = table.remove_locked(keys)
             table.stamps.commit(keys)
@@ -166,10 +191,12 @@ class HostTier(Tier):
         loaded: list[Keys] = []
         n_rows = 0
         for block in blocks:
-            _check(table.spec, block.keys, block.rows)
+            check_rows(table.spec, block.keys, block.rows)
             with table.lock:
-                table.upsert_locked(block.keys, block.rows)
-                table.stamps.commit_all()
+                try:
+                    table.upsert_locked(block.keys, block.rows)
+                finally:
+                    table.stamps.commit_all()
             if not fresh:
                 loaded.append(block.keys.copy())
             n_rows += len(block)
@@ -191,6 +218,8 @@ class HostTier(Tier):
     def hold(self, tag: str, keys: Keys | None = None) -> Iterator[None]:
         """Refuse backfills of these keys while the context lasts."""
         table = self._table(tag)
+        if keys is not None:
+            check_keys(table.spec, keys)
         with table.lock:
             table.stamps.hold(keys)
         try:
@@ -202,7 +231,7 @@ class HostTier(Tier):
     def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
         """Store rows that a lower tier gave, unless their keys changed since."""
         table = self._table(tag)
-        _check(table.spec, keys, rows)
+        check_rows(table.spec, keys, rows)
         with table.lock:
             admitted = table.stamps.admit(keys, epoch)
             n_admitted = int(np.count_nonzero(admitted))
@@ -215,6 +244,8 @@ class HostTier(Tier):
     def evict(self, tag: str, keys: Keys | None = None) -> int:
         """Forget keys (all, if None)."""
         table = self._table(tag)
+        if keys is not None:
+            check_keys(table.spec, keys)
         with table.lock:
             if keys is not None:
                 return table.remove_locked(keys)
@@ -231,7 +262,7 @@ class HostTier(Tier):
                 block = keys[low : low + block_rows]
                 rows = np.empty((block.size, spec.dim), spec.numpy_dtype)
                 found = np.zeros(block.size, np.bool_)
-                _fetch(table, block, rows, found, count_use=False)
+                _fetch(table, block, rows, found, _UNCOUNTED)
                 yield RowBlock(block[found], rows[found])
 
     def tables(self, model: str) -> list[str]:
@@ -270,6 +301,13 @@ class HostTier(Tier):
         if self._pool is not None:
             self._pool.shutdown()
 
+    def _submit(self, part: _FetchArgs) -> Future[int]:
+        assert self._pool is not None
+        try:
+            return self._pool.submit(_fetch, *part)
+        except RuntimeError as exc:  # the pool was shut down meanwhile
+            raise ClosedError("the host memory tier is closed") from exc
+
     def _table(self, tag: str) -> HostTable:
         table = self._tables.get(tag)
         if table is None:
@@ -297,53 +335,24 @@ class HostTier(Tier):
         return left if max_bytes is None else max_bytes
 
 
-def _fetch(
-    table: HostTable,
-    keys: Keys,
-    out: Rows,
-    found: Mask,
-    *,
-    count_use: bool = True,
-) -> int:
-    policy = table.policy if count_use else kernel.RANDOM
+def _fetch(table: HostTable, keys: Keys, out: Rows, found: Mask, tick: int) -> int:
+    policy = kernel.RANDOM if tick == _UNCOUNTED else table.policy
     as_bytes = out.view(np.uint8)
     hits, low, high = 0, 0, keys.shape[0]
     for _ in range(_SNAPSHOT_ATTEMPTS):
         snapshot = table.snapshot
         n, low = kernel.fetch_rows(
-            snapshot.descriptor, keys, as_bytes, found, low, high, policy, table.tick
+            snapshot.descriptor, keys, as_bytes, found, low, high, policy, tick
         )
         hits += n
         if low == high:
             return int(hits)
-    # Writers keep changing what is read: shut them out once.
+    # Writers keep changing what is read: shut them out once. One of them may be waiting
+    # for the snapshot to go.
+    del snapshot
     with table.lock:
         snapshot = table.snapshot
         n, _ = kernel.fetch_rows(
-            snapshot.descriptor, keys, as_bytes, found, low, high, policy, table.tick
+            snapshot.descriptor, keys, as_bytes, found, low, high, policy, tick
         )
     return int(hits + n)
-
-
-def _check(spec: TableSpec, keys: Keys, rows: Rows, found: Mask | None = None) -> None:
-    """Refuse arrays that compiled code would read or write outside of."""
-    if keys.dtype != np.int64 or keys.ndim != 1 or not keys.flags.c_contiguous:
-        raise ValueError(
-            f"table {spec.tag}: keys are int64, one-dimensional and contiguous; "
-            f"got {keys.dtype} of shape {keys.shape}"
-        )
-    if (
-        rows.shape != (keys.shape[0], spec.dim)
-        or rows.dtype != spec.numpy_dtype
-        or not rows.flags.c_contiguous
-    ):
-        raise ValueError(
-            f"table {spec.tag}: rows of {keys.shape[0]} keys are contiguous "
-            f"{spec.dtype.value} of shape ({keys.shape[0]}, {spec.dim}); "
-            f"got {rows.dtype} of shape {rows.shape}"
-        )
-    if found is not None and (found.shape != keys.shape or found.dtype != np.bool_):
-        raise ValueError(
-            f"table {spec.tag}: found is bool of shape {keys.shape}; "
-            f"got {found.dtype} of shape {found.shape}"
-        )

@@ -13,11 +13,14 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +29,30 @@ from hps_numba.errors import ConfigError
 from hps_numba.kernels.host import table as kernel
 from hps_numba.kernels.host import table_write as writing
 from hps_numba.kernels.host.hashing import group_by_partition
+from hps_numba.tiers.arguments import for_kernel
+from hps_numba.tiers.host_partition import (
+    FIRST_SLOTS,
+    FULL_LOAD,
+    SEGMENT_OVERHEAD,
+    Bytes,
+    Partition,
+    address,
+    index_bytes,
+    n_slots,
+    slots_for,
+)
 from hps_numba.tiers.stamps import UpdateStamps
 from hps_numba.types import Keys, OverflowPolicy, Rows, TableSpec
 
-Bytes = NDArray[np.uint8]
+logger = logging.getLogger(__name__)
 
 _POLICIES = {
     OverflowPolicy.EVICT_RANDOM: kernel.RANDOM,
     OverflowPolicy.EVICT_LEAST_USED: kernel.LEAST_USED,
     OverflowPolicy.EVICT_OLDEST: kernel.OLDEST,
 }
-_FIRST_SLOTS = 64
-_MAX_LOAD = 0.75  # of an index, tombstones included
-_FULL_LOAD = 0.6  # of the largest index at capacity, so that tombstones find room
-_ALIGNMENT = 64
-_SEGMENT_OVERHEAD = 2 * _ALIGNMENT * kernel.MAX_SEGMENTS
+_READER_PATIENCE_S = 1.0  # how long a writer waits for readers of an old index
+_READER_POLL_S = 50e-6
 
 
 @dataclass(frozen=True)
@@ -77,14 +89,14 @@ def bytes_for_rows(
     rows_each = int(rows + 4 * math.sqrt(rows)) + 2
     if overflow.margin is not None:
         rows_each = min(rows_each, overflow.margin + 2)
-    slots = _FIRST_SLOTS
-    while slots * _FULL_LOAD < rows_each:
-        slots *= 2
+    slots = slots_for(rows_each)
     if not capped:
         segments = (rows_each >> kernel.SEGMENT_SHIFT).bit_length()
         rows_each = ((2 << segments) - 1) << kernel.SEGMENT_SHIFT
+        if overflow.margin is not None:
+            rows_each = min(rows_each, overflow.margin + 1)
     per_row = spec.row_bytes + _row_overhead(overflow.policy)
-    each = 2 * _index_bytes(slots) + _SEGMENT_OVERHEAD + rows_each * per_row
+    each = 2 * index_bytes(slots) + SEGMENT_OVERHEAD + rows_each * per_row
     return UpdateStamps.nbytes + n_partitions * each
 
 
@@ -120,7 +132,7 @@ class HostTable:
         self.lock = threading.Lock()
         self.stamps = UpdateStamps()  # guarded by lock
         self.policy = _POLICIES[overflow.policy]
-        self.tick = 0
+        self.ticks = count(1)  # each use of the table takes the next
         self.evictions = 0  # guarded by lock
         self.refused_backfills = 0  # guarded by lock
         self.max_bytes = max_bytes
@@ -128,7 +140,20 @@ class HostTable:
         self._random = np.random.default_rng(0)
         self._n_partitions = n_partitions
         self.capacity = self._capacity()
-        self.clear_locked()
+        self._partitions = [
+            Partition(
+                self.margin,
+                spec.row_bytes,
+                scored=self.policy != kernel.RANDOM,
+                capped=max_bytes is not None,
+            )
+            for _ in range(n_partitions)
+        ]
+        self._descriptor = np.zeros((n_partitions, kernel.D_FIELDS), np.int64)
+        for p, partition in enumerate(self._partitions):
+            partition.describe(self._descriptor[p])
+        self._retired: list[weakref.ref[Bytes]] = []  # guarded by lock
+        self._publish()
 
     @property
     def margin(self) -> int:
@@ -147,20 +172,14 @@ class HostTable:
         return UpdateStamps.nbytes + sum(p.n_bytes for p in self._partitions)
 
     def clear_locked(self) -> None:
-        """Forget all rows."""
-        n = self._n_partitions
-        capped = self.max_bytes is not None
-        free_rows = self.capacity + 1 if capped else 0
-        self._partitions = [_Partition(self, free_rows) for _ in range(n)]
-        self._descriptor = np.zeros((n, kernel.D_FIELDS), np.int64)
+        """Forget all rows. Their memory stays with the table, for new rows."""
         for p, partition in enumerate(self._partitions):
-            partition.describe(self._descriptor[p])
-        self._publish()
+            writing.clear_slots(self._descriptor, p, partition.state)
 
     def upsert_locked(self, keys: Keys, rows: Rows) -> None:
         """Store rows, growing or evicting where there is no room."""
-        # Compiled code is made for writable arrays, so read-only ones are copied.
-        keys, rows = (np.require(a, requirements="W") for a in (keys, rows))
+        keys, rows = for_kernel(keys), for_kernel(rows)
+        tick = next(self.ticks)
         order, bounds = group_by_partition(keys, len(self._partitions))
         as_bytes = rows.view(np.uint8)
         for p, partition in enumerate(self._partitions):
@@ -176,13 +195,14 @@ class HostTable:
                     todo,
                     partition.limits,
                     self.policy,
-                    self.tick,
+                    tick,
                 )
                 todo = todo[done:]
                 self._make_room(p, reason)
 
     def remove_locked(self, keys: Keys) -> int:
         """Remove keys and return how many were there."""
+        keys = for_kernel(keys)
         order, bounds = group_by_partition(keys, len(self._partitions))
         return sum(
             writing.remove_keys(
@@ -208,7 +228,7 @@ class HostTable:
         if reason == writing.NEED_EVICTION:
             self._evict(p)
         elif reason == writing.NEED_ROWS:
-            self._partitions[p].add_segment(self.spec.row_bytes)
+            self._partitions[p].add_segment()
             self._partitions[p].describe(self._descriptor[p])
             self._publish()
         elif reason == writing.NEED_INDEX:
@@ -234,19 +254,39 @@ class HostTable:
 
     def _rebuild_index(self, p: int) -> None:
         partition = self._partitions[p]
+        if self.max_bytes is not None:
+            self._await_readers()
         old = partition.index
         index = partition.new_index()
         writing.rebuild_index(
             self._descriptor,
             p,
             partition.state,
-            _address(index),
-            _n_slots(index) - 1,
+            address(index),
+            n_slots(index) - 1,
         )
         partition.set_index(index)
         partition.describe(self._descriptor[p])
         self._publish()
-        writing.retire_index(_address(old))
+        writing.retire_index(address(old))
+        self._retired.append(weakref.ref(old))
+
+    def _await_readers(self) -> None:
+        """Wait until no reader keeps an old index: the budget has room for one more.
+
+        Readers are in compiled code or on their way out of it, and wait for nothing.
+        """
+        for _ in range(int(_READER_PATIENCE_S / _READER_POLL_S)):
+            self._retired = [old for old in self._retired if old() is not None]
+            if not self._retired:
+                return
+            time.sleep(_READER_POLL_S)
+        logger.warning(
+            "tag=%s over_budget_indexes=%d: a reader has kept an old index for %.0f s",
+            self.spec.tag,
+            len(self._retired),
+            _READER_PATIENCE_S,
+        )
 
     def _publish(self) -> None:
         arrays = tuple(a for p in self._partitions for a in p.arrays())
@@ -259,10 +299,10 @@ class HostTable:
         n_partitions = self._n_partitions
         budget = (self.max_bytes - UpdateStamps.nbytes) // n_partitions
         per_row = self.spec.row_bytes + _row_overhead(self._overflow.policy)
-        best, slots = 0, _FIRST_SLOTS
-        while 2 * _index_bytes(slots) < budget:
-            left = budget - 2 * _index_bytes(slots) - _SEGMENT_OVERHEAD
-            best = max(best, min(int(slots * _FULL_LOAD), left // per_row - 1))
+        best, slots = 0, FIRST_SLOTS
+        while 2 * index_bytes(slots) < budget:
+            left = budget - 2 * index_bytes(slots) - SEGMENT_OVERHEAD
+            best = max(best, min(int(slots * FULL_LOAD), left // per_row - 1))
             slots *= 2
         if best < 1:
             raise ConfigError(
@@ -274,99 +314,6 @@ class HostTable:
         return best
 
 
-class _Partition:
-    """An index and segments of rows. Written under the lock of its table."""
-
-    def __init__(self, table: HostTable, free_rows: int) -> None:
-        self._table = table
-        self._segments: list[Bytes] = []
-        self._scores: list[Bytes] = []
-        self.state = np.zeros(writing.S_FIELDS, np.int64)
-        self.limits = np.zeros(2, np.int64)
-        self.free = np.empty(free_rows, np.uint32)
-        self.set_index(_empty_index(min(_FIRST_SLOTS, self._largest_index())))
-
-    @property
-    def n_slots(self) -> int:
-        return _n_slots(self.index)
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays()) + self.free.nbytes
-
-    def arrays(self) -> list[Bytes]:
-        return [self.index, *self._segments, *self._scores]
-
-    def describe(self, row: NDArray[np.int64]) -> None:
-        """Write the addresses of the arrays to a descriptor row."""
-        row[kernel.D_INDEX] = _address(self.index)
-        row[kernel.D_MASK] = self.n_slots - 1
-        for k, segment in enumerate(self._segments):
-            row[kernel.D_ROWS + k] = _address(segment)
-        for k, segment in enumerate(self._scores):
-            row[kernel.D_SCORES + k] = _address(segment)
-
-    def set_index(self, index: Bytes) -> None:
-        self.index = index
-        self.limits[:] = self._table.margin, int(self.n_slots * _MAX_LOAD)
-
-    def new_index(self) -> Bytes:
-        """Return an empty index for the present keys and as many again."""
-        n_slots = _FIRST_SLOTS
-        while n_slots < 2 * (int(self.state[writing.S_SIZE]) + 1):
-            n_slots *= 2
-        return _empty_index(min(n_slots, self._largest_index()))
-
-    def add_segment(self, row_bytes: int) -> None:
-        """Make room for more rows, twice as many as the last time."""
-        n_rows = 1 << (kernel.SEGMENT_SHIFT + len(self._segments))
-        room = int(self.state[writing.S_ROOM])
-        n_rows = min(n_rows, self._table.capacity + 1 - room)
-        self._segments.append(_aligned(n_rows * row_bytes))
-        if self._table.policy != kernel.RANDOM:
-            self._scores.append(_aligned(n_rows * 8))
-        if self.free.size < room + n_rows:
-            grown = np.empty(room + n_rows, np.uint32)
-            grown[: self.free.size] = self.free
-            self.free = grown
-        self.state[writing.S_ROOM] = room + n_rows
-
-    def _largest_index(self) -> int:
-        if self._table.max_bytes is None:
-            return 1 << 40
-        n_slots = _FIRST_SLOTS
-        while int(n_slots * _FULL_LOAD) < self._table.margin:
-            n_slots *= 2
-        return n_slots
-
-
 def _row_overhead(policy: OverflowPolicy) -> int:
     """Bytes per row beside the row itself: its place in the free list, its score."""
     return 4 if policy is OverflowPolicy.EVICT_RANDOM else 12
-
-
-def _aligned(n_bytes: int) -> Bytes:
-    # np.empty asks for huge pages and zeroes nothing; np.zeros does neither.
-    raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
-    return raw[skip : skip + n_bytes]
-
-
-def _index_bytes(n_slots: int) -> int:
-    return kernel.HEADER_BYTES + n_slots * kernel.SLOT_BYTES + _ALIGNMENT
-
-
-def _empty_index(n_slots: int) -> Bytes:
-    index = _aligned(kernel.HEADER_BYTES + n_slots * kernel.SLOT_BYTES)
-    words = index.view(np.int64)
-    words[: kernel.HEADER_BYTES // 8] = 0
-    words[kernel.HEADER_BYTES // 8 + 1 :: 2] = kernel.NO_ROW
-    return index
-
-
-def _n_slots(index: Bytes) -> int:
-    return (index.size - kernel.HEADER_BYTES) // kernel.SLOT_BYTES
-
-
-def _address(array: NDArray[Any]) -> int:
-    return int(array.ctypes.data)

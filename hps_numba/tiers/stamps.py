@@ -34,12 +34,13 @@ class UpdateStamps:
     def commit(self, keys: Keys) -> None:
         """Note that rows of these keys were written or deleted."""
         self.epoch += 1
-        self._stamps[_bucket(keys)] = self.epoch
+        buckets = _bucket(keys)
+        self._stamps[buckets[self._stamps[buckets] != HELD]] = self.epoch
 
     def commit_all(self) -> None:
         """Note that any key may have changed."""
         self.epoch += 1
-        self._stamps.fill(self.epoch)
+        self._stamps[self._stamps != HELD] = self.epoch
 
     def hold(self, keys: Keys | None) -> None:
         """Refuse backfills of these keys (of all, if None) until ``release``."""

@@ -86,6 +86,18 @@ def fence_acquire(typingctx):
 
 
 @intrinsic
+def fence_release(typingctx):
+    """Keep writes that follow from moving before writes that precede."""
+    signature = types.void()
+
+    def codegen(context, builder, _signature, _args):
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def count_leading_zeros(typingctx, value):
     """Return the number of zero bits above the highest one of a non-zero int64."""
     signature = types.int64(types.int64)

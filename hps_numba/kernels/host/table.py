@@ -91,7 +91,7 @@ def _touch(desc, p, row, policy, tick):
     score = locate(desc, p, D_SCORES, row, np.int64(8))
     if score != 0:
         if policy == OLDEST:
-            if load_acquire(score) != tick:
+            if load_acquire(score) < tick:
                 store_release(score, tick)
         else:
             store_release(score, load_acquire(score) + 1)

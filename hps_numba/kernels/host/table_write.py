@@ -11,6 +11,7 @@ from numba import njit
 from hps_numba.kernels.host.hashing import hash_key
 from hps_numba.kernels.host.memory import (
     copy_row,
+    fence_release,
     load_acquire,
     prefetch,
     store_release,
@@ -84,7 +85,7 @@ def _slot_for(index, mask, h, key):
         elif load_acquire(slot) == key:
             return slot, meta
         position = (position + 1) & mask
-    return grave, load_acquire(grave + 8)
+    return grave, load_acquire(grave + 8) if grave else NO_ROW
 
 
 @njit(nogil=True, cache=True)
@@ -93,6 +94,9 @@ def _write_row(desc, p, state, free, meta, source, row_bytes, policy, tick):
     row = _take_row(state, free)
     if row < 0:
         return row
+    # The slot that left this row changed before; no reader may see it the other way
+    # round. Pairs with fence_acquire of the reader.
+    fence_release()
     copy_row(locate(desc, p, D_ROWS, row, row_bytes), source, row_bytes)
     if policy != RANDOM:
         score = np.int64(0)
@@ -183,6 +187,21 @@ def remove_keys(desc, p, state, free, keys, order):
             _bury(index, mask, slot, meta, state, free)
             removed += 1
     return removed
+
+
+@njit(nogil=True, cache=True)
+def clear_slots(desc, p, state):
+    """Remove all keys of a partition; its index and rows stay for new ones."""
+    first = desc[p, D_INDEX] + HEADER_BYTES
+    for position in range(desc[p, D_MASK] + 1):
+        slot = first + position * SLOT_BYTES
+        meta = load_acquire(slot + 8)
+        if meta & LOW != NO_ROW:
+            store_release(slot + 8, (meta & ~LOW) + _VERSION + NO_ROW)
+    state[S_SIZE] = 0
+    state[S_USED] = 0
+    state[S_NEXT_ROW] = 0
+    state[S_FREE] = 0
 
 
 @njit(nogil=True, cache=True)
