@@ -38,7 +38,7 @@ bench-smoke: setup
 	$(BIN)/python -m bench --smoke
 
 schema: setup
-	$(BIN)/python -m hps_numba.config > docs/ps.schema.json
+	$(BIN)/python -m hps_numba.config docs
 
 check: lint test
 

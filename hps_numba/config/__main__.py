@@ -1,18 +1,14 @@
-"""Print the JSON schema of ps.json."""
+"""Print the JSON schema of ps.json, or write the reference to a directory."""
 
 from __future__ import annotations
 
-import json
 import sys
+from pathlib import Path
 
-from hps_numba.config.server import ParameterServerConfig
-
-
-def schema_text() -> str:
-    """Return the schema as it is kept in docs/ps.schema.json."""
-    schema = ParameterServerConfig.model_json_schema(by_alias=True)
-    return json.dumps(schema, indent=2) + "\n"
-
+from hps_numba.config.reference import schema_text, write
 
 if __name__ == "__main__":
-    sys.stdout.write(schema_text())
+    if len(sys.argv) > 1:
+        write(Path(sys.argv[1]))
+    else:
+        sys.stdout.write(schema_text())

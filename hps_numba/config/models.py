@@ -167,11 +167,9 @@ class InferenceParams(ConfigModel):
         if n_tables is None:
             return
         for name, default in _LISTS.items():
-            if not values.get(name) and n_tables == 1:
+            if values.get(name, ()) == () and n_tables == 1:
                 values[name] = (default,)
-        if not values.get("embedding_table_names") or (
-            n_tables == 1 and values["embedding_table_names"] == ("",)
-        ):
+        if values.get("embedding_table_names", ()) in ((), ("",)):
             names = tuple(f"sparse_embedding{i}" for i in range(n_tables))
             values["embedding_table_names"] = names
         defaults = values.get("default_value_for_each_table", ())
@@ -180,7 +178,7 @@ class InferenceParams(ConfigModel):
             value = defaults[0] if len(defaults) == 1 and not in_json else 0.0
             fill = (value,) * (n_tables - len(defaults))
             values["default_value_for_each_table"] = (*defaults, *fill)
-        if not values.get("row_dtype_per_table"):
+        if values.get("row_dtype_per_table", ()) == ():
             values["row_dtype_per_table"] = (RowDtype.FLOAT32,) * n_tables
 
     def problems(self) -> list[Problem]:
