@@ -70,3 +70,6 @@ class Bars(AbstractContextManager["Bars"]):
         began = monotonic()
         yield progress
         self.seconds[title] = monotonic() - began
+        for task in self._progress.tasks:  # a total may have been an estimate
+            if task.id in tasks.values():
+                self._progress.update(task.id, completed=task.total)

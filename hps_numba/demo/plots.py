@@ -138,6 +138,7 @@ def _draw_latency(axes: Axes, outcome: Outcome) -> None:
     axes.set_yscale("log")
     _round_ticks(axes.yaxis)
     axes.set(title="Time per request", ylabel="ms", xlabel=label)
+    axes.set_ylim(top=milliseconds.max() * 2)  # room for the legend
     _show_months(axes, outcome)
     axes.legend(
         ["request", "request during an update", f"median of {_MEDIAN_WINDOW}"],

@@ -245,6 +245,7 @@ def _lines(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
 def _request_lines(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
     workload, replay = outcome.workload, outcome.replay
     n_ids = sum(len(table.ids) for table in workload.tables)
+    names = [table.name for table in workload.tables]
     yield (
         "requests",
         f"{len(replay.requests):,}",
@@ -253,7 +254,7 @@ def _request_lines(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
     yield (
         "keys",
         f"{replay.n_keys:,}",
-        f"of {n_ids:,} ids in {len(workload.tables)} tables; {workload.title}",
+        f"of {n_ids:,} ids in table {' and '.join(names)}; {workload.title}",
     )
     yield (
         "keys per second",
@@ -271,7 +272,7 @@ def _tier_line(tier: TierFigures, outcome: Outcome) -> tuple[str, str, str]:
         budget = f"{_mib(outcome.host_budget_bytes)}, {share:.0%} of the rows' bytes"
         detail += f"; budget {budget}; {tier.evictions:,} evictions"
     else:
-        detail += f", each once; {tier.rows:,} rows"
+        detail += ", each once per request"
     return (f"{title} hit rate", f"{tier.hit_rate:.2%}", detail)
 
 
@@ -284,12 +285,12 @@ def _update_lines(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
         f"{ROUNDS} new versions each",
     )
     yield (
-        "acknowledged after",
+        "update() p50 / p95 / p99 / max",
         str(Quantiles(**updates["acknowledged"])),
-        "from the call of update() to its return",
+        "from the call to its return, which acknowledges it",
     )
     yield (
-        "staleness",
+        "staleness p50 / p95 / p99 / max",
         str(Quantiles(**updates["staleness"])),
         "from the call to the end of the first lookup that returned the new rows",
     )

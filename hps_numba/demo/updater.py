@@ -111,8 +111,9 @@ class Updater:
 
     Notes
     -----
-    The replay calls ``advance``; leaving the context waits for the thread and raises
-    what ended it. ``tally`` and ``records`` belong to the thread until then.
+    The replay calls ``advance``; leaving the context waits for the thread. Both raise
+    what ended it, if anything did. ``tally`` and ``records`` belong to the thread until
+    the context is left.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Updater:
         self._changed = threading.Condition()
         self._share = 0.0  # guarded by _changed
         self._stopped = False  # guarded by _changed
-        self._failure: BaseException | None = None  # read after the thread ended
+        self._failure: BaseException | None = None  # set when the thread ends
         self._thread = threading.Thread(target=self._run, name="hps-demo-updater")
 
     def __enter__(self) -> Updater:
@@ -150,7 +151,12 @@ class Updater:
             raise self._failure
 
     def advance(self, share: float) -> None:
-        """Tell how much of the replay is done; batches up to there are sent."""
+        """Tell how much of the replay is done; batches up to there are sent.
+
+        Raises what ended the thread, if anything did.
+        """
+        if self._failure is not None:
+            raise self._failure
         with self._changed:
             self._share = share
             self._changed.notify()

@@ -9,6 +9,7 @@ import pytest
 
 from hps_numba.demo import DemoOptions, deployment, job, run
 from hps_numba.demo.updater import ROUNDS
+from hps_numba.demo.values import known_rows
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -100,7 +101,7 @@ def test_the_table_says_what_ran_and_what_was_found(tmp_path, capsys, monkeypatc
         "RocksDB hit rate",
         "default rows",
         "updates applied",
-        "staleness",
+        "staleness p50 / p95 / p99 / max",
         "wrong rows",
     ):
         assert part in printed
@@ -135,6 +136,25 @@ def test_a_wrong_row_in_a_model_directory_ends_with_1(tmp_path, monkeypatch, cap
     assert report["checks"]["after a restart"]["wrong_rows"] == 1
     assert report["examples"][0].startswith("table deep, key 0: not a row of this key")
     assert "wrong: table deep, key 0" in capsys.readouterr().out
+
+
+def test_an_old_row_in_the_server_ends_with_1(tmp_path, monkeypatch):
+    sweep = job.sweep
+
+    def undo_and_sweep(server, workload, *, ledgers, advance):
+        deep = workload.tables[1]
+        position = int(np.argmax(ledgers["deep"].acknowledged))
+        key = deep.ids[[position]]
+        old = known_rows(deep.salt, key, 1, dim=deep.dim, default=deep.default)
+        server.update("wdl", "deep", key, old)
+        return sweep(server, workload, ledgers=ledgers, advance=advance)
+
+    monkeypatch.setattr(job, "sweep", undo_and_sweep)
+    output = tmp_path / "out"
+    assert run(DemoOptions(output=output, requests=4, batch=64)) == 1
+    checks = json.loads((output / "report.json").read_text())["checks"]
+    assert checks["in the replay"]["wrong_rows"] == 0
+    assert checks["after a restart"]["wrong_by_kind"] == {"stale version": 1}
 
 
 def test_a_failing_lookup_ends_the_run_and_its_updater(tmp_path, monkeypatch):

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from hps_numba import HPS
 from hps_numba.demo import DemoOptions
-from hps_numba.demo.updater import ROUNDS, plan_updates
+from hps_numba.demo.checker import VersionLedger
+from hps_numba.demo.deployment import write_deployment
+from hps_numba.demo.updater import ROUNDS, UpdateBatch, Updater, plan_updates
 from hps_numba.demo.workload import build_workload
+from hps_numba.errors import UnknownTableError
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +70,50 @@ def test_every_row_can_be_updated(workload):
     for table in workload.tables:
         used = np.unique(table.positions).tolist()
         assert sorted(versions_in_order(plan, table)) == used
+
+
+@pytest.fixture
+def server(workload, tmp_path):
+    deployed = write_deployment(workload, tmp_path, host_share=0.5)
+    with HPS.from_json(deployed.config) as server:
+        yield server
+
+
+def make_updater(server, workload, plan):
+    ledgers = {table.name: VersionLedger(table) for table in workload.tables}
+    return Updater(server, workload, ledgers=ledgers, plan=plan), ledgers
+
+
+def test_a_plan_is_sent_acknowledged_and_checked(server, workload):
+    plan = plan_updates(workload, 0.1, 1)
+    updater, ledgers = make_updater(server, workload, plan)
+    with updater:
+        updater.advance(1.0)
+    n_rows = sum(len(batch.positions) for batch in plan)
+    assert [record.n_rows for record in updater.records] == [
+        len(batch.positions) for batch in plan
+    ]
+    assert (updater.tally.rows, updater.tally.wrong_rows) == (n_rows, 0)
+    for table in workload.tables:
+        ledger = ledgers[table.name]
+        assert (ledger.begun == ledger.acknowledged).all()
+        for position, versions in versions_in_order(plan, table).items():
+            assert ledger.acknowledged[position] == versions[-1]
+
+
+def test_an_update_that_fails_ends_the_replay_with_its_error(server, workload):
+    deep = workload.tables[1]
+    absent = replace(deep, name="absent")
+    batch = UpdateBatch(absent, np.array([0], np.int32), np.array([2], np.int32))
+    updater = Updater(
+        server, workload, ledgers={"absent": VersionLedger(absent)}, plan=[batch]
+    )
+    with pytest.raises(UnknownTableError, match="absent"), updater:
+        updater.advance(1.0)
+
+
+def test_a_replay_that_fails_stops_the_updates(server, workload):
+    updater, _ = make_updater(server, workload, plan_updates(workload, 0.1, 1))
+    with pytest.raises(ZeroDivisionError), updater:
+        raise ZeroDivisionError
+    assert len(updater.records) <= 1
