@@ -51,6 +51,7 @@ _POLICIES = {
     OverflowPolicy.EVICT_LEAST_USED: kernel.LEAST_USED,
     OverflowPolicy.EVICT_OLDEST: kernel.OLDEST,
 }
+_FIXED_BYTES = UpdateStamps.nbytes + 8192  # of a table, its objects among them
 _READER_PATIENCE_S = 1.0  # how long a writer waits for readers of an old index
 _READER_POLL_S = 50e-6
 
@@ -97,7 +98,7 @@ def bytes_for_rows(
             rows_each = min(rows_each, overflow.margin + 1)
     per_row = spec.row_bytes + _row_overhead(overflow.policy)
     each = 2 * index_bytes(slots) + SEGMENT_OVERHEAD + rows_each * per_row
-    return UpdateStamps.nbytes + n_partitions * each
+    return _FIXED_BYTES + n_partitions * each
 
 
 class HostTable:
@@ -168,8 +169,8 @@ class HostTable:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all arrays."""
-        return UpdateStamps.nbytes + sum(p.n_bytes for p in self._partitions)
+        """Bytes of all arrays and objects."""
+        return _FIXED_BYTES + sum(p.n_bytes for p in self._partitions)
 
     def clear_locked(self) -> None:
         """Forget all rows. Their memory stays with the table, for new rows."""
@@ -297,7 +298,7 @@ class HostTable:
         if self.max_bytes is None:
             return kernel.MAX_ROWS
         n_partitions = self._n_partitions
-        budget = (self.max_bytes - UpdateStamps.nbytes) // n_partitions
+        budget = (self.max_bytes - _FIXED_BYTES) // n_partitions
         per_row = self.spec.row_bytes + _row_overhead(self._overflow.policy)
         best, slots = 0, FIRST_SLOTS
         while 2 * index_bytes(slots) < budget:
@@ -308,7 +309,7 @@ class HostTable:
             raise ConfigError(
                 f"table {self.spec.tag}: {self.max_bytes} bytes of host memory hold no "
                 f"row in each of {n_partitions} partitions (a row takes {per_row} "
-                f"bytes, the table {UpdateStamps.nbytes} more); raise "
+                f"bytes, the table {_FIXED_BYTES} more); raise "
                 f"volatile_db.max_bytes or lower volatile_db.num_partitions"
             )
         return best

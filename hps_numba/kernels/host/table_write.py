@@ -205,10 +205,10 @@ def clear_slots(desc, p, state):
 
 
 @njit(nogil=True, cache=True)
-def _threshold(desc, p, n_victims):
+def _threshold(desc, p, size, n_victims):
     """Return the score of the last victim, and how many victims share it."""
     first = desc[p, D_INDEX] + HEADER_BYTES
-    scores = np.empty(desc[p, D_MASK] + 1, np.int64)
+    scores = np.empty(size, np.int64)
     n = 0
     for position in range(desc[p, D_MASK] + 1):
         row = load_acquire(first + position * SLOT_BYTES + 8) & LOW
@@ -239,7 +239,7 @@ def evict_rows(desc, p, state, free, n_victims, policy, start):
         return 0
     last, ties = np.int64(0), np.int64(0)
     if policy != RANDOM:
-        last, ties = _threshold(desc, p, n_victims)
+        last, ties = _threshold(desc, p, state[S_SIZE], n_victims)
     removed = 0
     for k in range(mask + 1):
         slot = index + HEADER_BYTES + ((start + k) & mask) * SLOT_BYTES
