@@ -1,0 +1,97 @@
+"""Axes, sizes and floors of all benchmarks, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.harness import Plan
+from bench.records import Origin, Published
+
+SEED = 20_240_601
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the benchmarks are."""
+
+    n_rows: int = 1_000_000
+    dims: tuple[int, ...] = (32, 128)
+    host_batch: int = 100_000
+    batches: tuple[int, ...] = (1, 10, 100, 1_000, 10_000, 100_000)
+    threads: tuple[int, ...] = (1, 2, 4, 8)
+    write_rows: int = 200_000
+    rocks_batch: int = 50_000
+    rocks_batches: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
+    cached_bytes: int = 2048 * MIB  # more than the table takes
+    db_bench_reads: int = 500_000
+    load_rows: int = 500_000
+    disk_rows: int = 4_000_000
+    disk_dim: int = 128
+    disk_cache_bytes: int = 64 * MIB
+    disk_reads: int = 48_000
+    disk_threads: int = 16
+    call_rows: int = 630_000  # of the small call that HPS published
+    call_keys: int = 2_000
+    call_dim: int = 16
+    pipeline_keys: int = 200_000
+    pipeline_chunk: int = 10_000
+
+
+FULL = Sizes()
+
+SMOKE = Sizes(
+    n_rows=3_000,
+    dims=(8,),
+    host_batch=1_000,
+    batches=(1, 100),
+    threads=(1, 2),
+    write_rows=500,
+    rocks_batch=500,
+    rocks_batches=(10, 500),
+    cached_bytes=16 * MIB,
+    db_bench_reads=1_000,
+    load_rows=1_000,
+    disk_rows=5_000,
+    disk_dim=8,
+    disk_cache_bytes=MIB,
+    disk_reads=640,
+    disk_threads=4,
+    call_rows=2_000,
+    call_keys=100,
+    pipeline_keys=2_000,
+    pipeline_chunk=200,
+)
+
+FULL_PLAN = Plan()
+SMOKE_PLAN = Plan(rounds=1, slice_s=0, budget_s=0, quiet_wait_s=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a benchmark is given: sizes, how long to measure, a directory, origin."""
+
+    sizes: Sizes
+    plan: Plan
+    scratch: Path
+    where: Origin
+
+
+# Promises, on two shared cores. Of a dim that is not listed there is none.
+HOST_AGAINST_DICT = {32: 8.0, 128: 4.0}
+HOST_AGAINST_DENSE = {32: 0.45, 128: 0.7}
+HOST_TWO_THREADS = 1.4
+ROCKSDB_AGAINST_PER_KEY = 1.6
+ROCKSDB_AGAINST_DB_BENCH = {32: 0.95, 128: 0.8}
+ROCKSDB_DISK_AGAINST_DB_BENCH = 0.9
+LOAD_AGAINST_WRITE_BATCH = 3.0
+PIPELINE_OVER_SLOWEST_STAGE = 1.2
+LOOKUP_OVER_TIER_FETCH = 1.5
+
+HPS_SMALL_CALL = Published(
+    source="HugeCTR, docs/source/hierarchical_parameter_server/profiling_hps.md: "
+    "database backend, on the authors' machine",
+    values={"mean_s": 0.127e-3, "p99_s": 0.219e-3},
+)

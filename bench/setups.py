@@ -1,0 +1,80 @@
+"""Tables to measure on, and the set-ups that return a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from bench.defaults import SEED
+from bench.harness import Call, Setup
+from bench.workloads import Sampler, table_rows
+from hps_numba.tiers.base import Tier
+from hps_numba.types import Keys, RowBlock, RowDtype, Rows, TableSpec
+
+Fetch = Callable[[Keys, Rows], object]
+
+BLOCK_ROWS = 65_536
+
+
+def spec(dim: int, *, dtype: RowDtype = RowDtype.FLOAT32) -> TableSpec:
+    """Return the table that a benchmark fills."""
+    return TableSpec("bench", "table", dim, dtype)
+
+
+def shuffled_keys(n_rows: int) -> Keys:
+    """Return the keys ``0 .. n_rows - 1`` in the order in which tables are filled."""
+    return np.random.default_rng(SEED).permutation(n_rows).astype(np.int64)
+
+
+def blocks(keys: Keys, table: TableSpec) -> Iterator[RowBlock]:
+    """Yield the rows of keys in blocks."""
+    for start in range(0, len(keys), BLOCK_ROWS):
+        part = keys[start : start + BLOCK_ROWS]
+        yield RowBlock(part, table_rows(part, table.dim, table.dtype.value))
+
+
+def fill(tier: Tier, table: TableSpec, n_rows: int) -> None:
+    """Open the table in the tier and load the keys ``0 .. n_rows - 1``."""
+    tier.open_table(table)
+    tier.load(table.tag, blocks(shuffled_keys(n_rows), table))
+
+
+def fetching(tier: Tier, table: TableSpec, sampler: Sampler, batch: int) -> Setup:
+    """Time ``tier.fetch`` of fresh keys; its answers are checked once, here."""
+    found = np.zeros(batch, np.bool_)
+
+    def fetch(keys: Keys, out: Rows) -> None:
+        tier.fetch(table.tag, keys, out, found)
+
+    def setup(timed: Setup) -> Call:
+        found.fill(False)
+        return timed()
+
+    timed = reading(fetch, table, sampler, batch)
+    found.fill(False)
+    return lambda: setup(timed)
+
+
+def reading(fetch: Fetch, table: TableSpec, sampler: Sampler, batch: int) -> Setup:
+    """Time a function that fills ``out``; its answers are checked once, here.
+
+    Raises
+    ------
+    AssertionError
+        If it returns wrong rows: its speed would mean nothing.
+    """
+    out = np.zeros((batch, table.dim), table.numpy_dtype)
+    keys = sampler(batch)
+    fetch(keys, out)
+    np.testing.assert_array_equal(out, table_rows(keys, table.dim, table.dtype.value))
+
+    def setup() -> Call:
+        keys = sampler(batch)
+
+        def call() -> None:
+            fetch(keys, out)
+
+        return call
+
+    return setup
