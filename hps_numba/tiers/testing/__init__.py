@@ -1,0 +1,31 @@
+"""Tests that every tier passes; pytest and hypothesis are imported here alone.
+
+::
+
+    from hps_numba.tiers.testing import TierContract
+
+    class TestMyTier(TierContract):
+        def make_tier(self, directory):
+            return MyTier(directory)
+
+        def write_beneath(self, tier, tag, keys, rows): ...
+        def read_beneath(self, tier, tag, keys): ...
+"""
+
+from __future__ import annotations
+
+from hps_numba.tiers.testing.backfills import BackfillContract
+from hps_numba.tiers.testing.machine import MachineContract
+from hps_numba.tiers.testing.races import RaceContract
+from hps_numba.tiers.testing.suite import TierSuite
+from hps_numba.tiers.testing.tables import TableContract
+from hps_numba.tiers.testing.values import ValueContract
+
+
+class TierContract(
+    ValueContract, BackfillContract, TableContract, RaceContract, MachineContract
+):
+    """Every promise of ``hps_numba.tiers.base.Tier``, as tests; see ``TierSuite``."""
+
+
+__all__ = ["TierContract", "TierSuite"]
