@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from hps_numba.errors import UnknownTableError
+from hps_numba.tiers.arguments import check_keys, check_output, check_rows
 from hps_numba.tiers.base import PersistentTier, TierStats
 from hps_numba.tiers.rocksdb_catalog import Catalog
-from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch, check_arrays, encoded
+from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch, encoded
 from hps_numba.tiers.rocksdb_store import NAME, Batch, RocksStore
 from hps_numba.tiers.rocksdb_table import RocksTable
 from hps_numba.tiers.sorted_runs import check_ascending, sorted_unique
@@ -151,10 +152,11 @@ class RocksDBTier(PersistentTier):
         deadline = monotonic() + budget_s
         with self._store.using(tag):
             table = self._table(tag)
+            check_rows(table.spec, keys, out)
+            check_output(table.spec, out, found)
             family = table.family
             if family is None:
                 return 0
-            check_arrays(table.spec, keys, out)
             wanted = np.flatnonzero(~found)
             order = wanted[np.argsort(keys[wanted])]
             fetch = Fetch(table.spec, family, keys, out, found, deadline)
@@ -186,7 +188,7 @@ class RocksDBTier(PersistentTier):
             If it cannot be written; some batches may have been.
         """
         with self._writing(tag) as table:
-            check_arrays(table.spec, keys, rows)
+            check_rows(table.spec, keys, rows)
             table.write(keys, rows, offsets)
 
     def delete(
@@ -197,6 +199,7 @@ class RocksDBTier(PersistentTier):
         See ``insert`` for ``offsets`` and errors.
         """
         with self._writing(tag) as table:
+            check_keys(table.spec, keys)
             known = table.known(keys)
             table.write(keys, None, offsets)
         return int(known.sum())
@@ -296,7 +299,7 @@ class RocksDBTier(PersistentTier):
     def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
         """Store rows that a lower tier gave, unless their keys changed since."""
         with self._writing(tag) as table:
-            check_arrays(table.spec, keys, rows)
+            check_rows(table.spec, keys, rows)
             with table.lock:
                 admitted = table.stamps.admit(keys, epoch)
                 n_admitted = int(admitted.sum())
@@ -311,6 +314,7 @@ class RocksDBTier(PersistentTier):
                 n_rows = table.count()
                 table.switch(None, table.entry.fingerprint)
                 return n_rows
+            check_keys(table.spec, keys)
             known = table.known(keys)
             table.put(keys[known], None)
         return int(np.count_nonzero(known))

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hps_numba.errors import TierCorruptionError
+from hps_numba.tiers.arguments import check_rows
 from hps_numba.tiers.codec import decode_rows, encode_keys, encode_rows
 from hps_numba.tiers.rocksdb_store import NAME, Family
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
@@ -82,7 +82,7 @@ class CountedBlocks:
 
     def __iter__(self) -> Iterator[RowBlock]:
         for block in self._blocks:
-            check_arrays(self._spec, block.keys, block.rows)
+            check_rows(self._spec, block.keys, block.rows)
             self.n_rows += len(block)
             if self._progress is not None:
                 self._progress(len(block))
@@ -97,18 +97,3 @@ def encoded(blocks: Iterable[RowBlock]) -> Iterator[tuple[list[bytes], list[byte
                 encode_keys(np.ascontiguousarray(block.keys)),
                 encode_rows(np.ascontiguousarray(block.rows)),
             )
-
-
-def check_arrays(spec: TableSpec, keys: Keys, rows: NDArray[Any]) -> None:
-    """Refuse arrays that do not fit the table."""
-    if keys.dtype != np.int64 or keys.ndim != 1:
-        raise ValueError(
-            f"table {spec.tag}: keys are int64 and one-dimensional; got {keys.dtype} "
-            f"of shape {keys.shape}"
-        )
-    expected = (keys.size, spec.dim)
-    if rows.shape != expected or rows.dtype != spec.numpy_dtype:
-        raise ValueError(
-            f"table {spec.tag}: rows are {spec.dtype.value} of shape {expected}; "
-            f"got {rows.dtype} of shape {rows.shape}"
-        )
