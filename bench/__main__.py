@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import bench_host
+from bench import bench_host, bench_rocksdb
 from bench.defaults import FULL, FULL_PLAN, SMOKE, SMOKE_PLAN, Run
 from bench.records import Result, origin, read, write
 
 RESULTS = Path(__file__).parent / "results"
 
-BENCHMARKS = {b.__name__: b for module in (bench_host,) for b in module.BENCHMARKS}
+MODULES = (bench_host, bench_rocksdb)
+BENCHMARKS = {b.__name__: b for module in MODULES for b in module.BENCHMARKS}
 
 
 def main(

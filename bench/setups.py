@@ -27,11 +27,24 @@ def shuffled_keys(n_rows: int) -> Keys:
     return np.random.default_rng(SEED).permutation(n_rows).astype(np.int64)
 
 
+def blocks_of(keys: Keys) -> Iterator[Keys]:
+    """Yield the keys in blocks."""
+    for start in range(0, len(keys), BLOCK_ROWS):
+        yield keys[start : start + BLOCK_ROWS]
+
+
 def blocks(keys: Keys, table: TableSpec) -> Iterator[RowBlock]:
     """Yield the rows of keys in blocks."""
-    for start in range(0, len(keys), BLOCK_ROWS):
-        part = keys[start : start + BLOCK_ROWS]
+    for part in blocks_of(keys):
         yield RowBlock(part, table_rows(part, table.dim, table.dtype.value))
+
+
+def warm(tier: Tier, table: TableSpec, n_rows: int) -> None:
+    """Fetch every row once, so that the tier's cache holds it."""
+    for keys in blocks_of(np.arange(n_rows, dtype=np.int64)):
+        rows = np.empty((keys.size, table.dim), table.numpy_dtype)
+        found = np.zeros(keys.size, np.bool_)
+        assert tier.fetch(table.tag, keys, rows, found) == keys.size, "rows were lost"
 
 
 def fill(tier: Tier, table: TableSpec, n_rows: int) -> None:
@@ -64,7 +77,7 @@ def reading(fetch: Fetch, table: TableSpec, sampler: Sampler, batch: int) -> Set
     AssertionError
         If it returns wrong rows: its speed would mean nothing.
     """
-    out = np.zeros((batch, table.dim), table.numpy_dtype)
+    out = np.empty((batch, table.dim), table.numpy_dtype)
     keys = sampler(batch)
     fetch(keys, out)
     np.testing.assert_array_equal(out, table_rows(keys, table.dim, table.dtype.value))
