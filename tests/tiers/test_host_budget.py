@@ -141,6 +141,28 @@ def test_a_writer_waits_for_readers_rather_than_exceed_the_budget(monkeypatch):
     assert peak[0] <= budget + BATCH_BYTES_PER_KEY * blocks[0][0].size
 
 
+def test_a_table_that_forgets_all_rows_reuses_their_memory():
+    """Even while a reader keeps what was there."""
+    spec, budget = spec_of(32), MIB
+    blocks = [
+        (part, rows_of(part, 32)) for part in np.array_split(some_keys(20_000), 200)
+    ]
+    with closing(HostTier()) as tier, most_allocated() as peak:
+        tier.open_table(spec, max_bytes=budget)
+        for block, rows in blocks:
+            tier.insert(spec.tag, block, rows)
+        used = tier.stats(spec.tag).bytes
+        kept = tier._tables[spec.tag].snapshot
+        assert tier.evict(spec.tag) > 3_000
+        assert tier.size(spec.tag) == 0
+        for block, rows in blocks[:30]:
+            tier.insert(spec.tag, block, rows)
+        assert tier.size(spec.tag) == 3_000
+        assert tier.stats(spec.tag).bytes == used <= budget
+        assert kept.arrays
+    assert peak[0] <= budget + BATCH_BYTES_PER_KEY * blocks[0][0].size
+
+
 def test_a_reader_that_never_ends_does_not_stop_the_writer(monkeypatch, caplog):
     spec = spec_of(1)
     monkeypatch.setattr(host_table.time, "sleep", lambda _seconds: None)
