@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -25,13 +26,11 @@ from hps_numba.errors import UnknownTableError
 from hps_numba.tiers.arguments import check_keys, check_output, check_rows
 from hps_numba.tiers.base import PersistentTier, TierStats
 from hps_numba.tiers.rocksdb_catalog import Catalog
-from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch, encoded
-from hps_numba.tiers.rocksdb_store import NAME, Batch, RocksStore
+from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch
+from hps_numba.tiers.rocksdb_store import META_FAMILY, NAME, Batch, RocksStore
 from hps_numba.tiers.rocksdb_table import RocksTable
-from hps_numba.tiers.sorted_runs import check_ascending, sorted_unique
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
 
-_FILE_BYTES = 64 << 20
 _WRITE_ROWS = 4096
 
 
@@ -55,6 +54,8 @@ class RocksDBTier(PersistentTier):
 
     Raises
     ------
+    ConfigError
+        If the database is another program's.
     TierUnavailableError
         If the path cannot be used, or another process has the database open.
     TierCorruptionError
@@ -83,20 +84,26 @@ class RocksDBTier(PersistentTier):
         cache_bytes: int = 256 << 20,
         direct_reads: bool = False,
     ) -> None:
+        self._threads = num_threads
+        self._write_rows = min(max_batch_size, _WRITE_ROWS)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="hps-rocksdb")
+        self._opening = threading.Lock()  # one table is opened or dropped at a time
+        self._tables: dict[str, RocksTable] = {}  # written under _opening
         self._store = RocksStore(
             path,
             read_only=read_only,
             cache_bytes=cache_bytes,
             direct_reads=direct_reads,
+            on_close=partial(self._pool.shutdown, wait=False),
         )
-        self._catalog = Catalog(self._store)
-        self._threads = num_threads
-        self._write_rows = min(max_batch_size, _WRITE_ROWS)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="hps-rocksdb")
-        self._lock = threading.Lock()
-        self._tables: dict[str, RocksTable] = {}  # guarded by _lock
-        if not read_only:
-            self._drop_orphans()
+        try:
+            with self._store.using():
+                self._catalog = Catalog(self._store)
+                if not read_only:
+                    self._drop_orphans()
+        except BaseException:
+            self._store.close()
+            raise
 
     def open_table(self, spec: TableSpec, *, max_bytes: int | None = None) -> None:
         """Create the table, or open what an earlier process left.
@@ -115,7 +122,7 @@ class RocksDBTier(PersistentTier):
         TierUnavailableError
             If the database is read-only and does not hold the table.
         """
-        with self._store.using(spec.tag), self._lock:
+        with self._store.using(spec.tag), self._opening:
             table = self._tables.get(spec.tag)
             entry = table.entry if table else self._catalog.entry(spec.tag)
             if entry is None:
@@ -248,16 +255,7 @@ class RocksDBTier(PersistentTier):
         """
         with self._writing(tag) as table:
             given = CountedBlocks(table.spec, blocks, progress)
-            with self._store.load_directory() as directory:
-                ordered = (
-                    check_ascending(given)
-                    if ascending
-                    else sorted_unique(given, directory)
-                )
-                files = self._store.write_files(
-                    directory, encoded(ordered), file_bytes=_FILE_BYTES
-                )
-                table.replace_rows(files, fingerprint)
+            table.load(given, ascending=ascending, fingerprint=fingerprint)
         return given.n_rows
 
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
@@ -268,8 +266,7 @@ class RocksDBTier(PersistentTier):
     def untouched(self, tag: str) -> bool:
         """Return whether the table holds just the rows of its last ``load``."""
         with self._store.using(tag):
-            table = self._table(tag)
-            return table.stamps.epoch == table.entry.loaded_epoch
+            return self._table(tag).untouched
 
     def offsets(self) -> dict[str, int]:
         """Return the position of every update source, as stored with rows."""
@@ -288,6 +285,8 @@ class RocksDBTier(PersistentTier):
         """Refuse backfills of these keys (of all, if None) while the context lasts."""
         with self._store.using(tag):
             table = self._table(tag)
+        if keys is not None:
+            check_keys(table.spec, keys)
         with table.lock:
             table.stamps.hold(keys)
         try:
@@ -300,20 +299,13 @@ class RocksDBTier(PersistentTier):
         """Store rows that a lower tier gave, unless their keys changed since."""
         with self._writing(tag) as table:
             check_rows(table.spec, keys, rows)
-            with table.lock:
-                admitted = table.stamps.admit(keys, epoch)
-                n_admitted = int(admitted.sum())
-                table.refused += len(keys) - n_admitted
-            table.put(keys[admitted], rows[admitted])
-        return n_admitted
+            return table.backfill(keys, rows, epoch)
 
     def evict(self, tag: str, keys: Keys | None = None) -> int:
         """Remove keys (all, if None); a lower tier may bring them back."""
         with self._writing(tag) as table:
             if keys is None:
-                n_rows = table.count()
-                table.switch(None, table.entry.fingerprint)
-                return n_rows
+                return table.clear()
             check_keys(table.spec, keys)
             known = table.known(keys)
             table.put(keys[known], None)
@@ -352,7 +344,7 @@ class RocksDBTier(PersistentTier):
 
     def drop_table(self, tag: str) -> None:
         """Remove the table, open or not, and its rows; unknown tables are ignored."""
-        with self._store.using(tag), self._lock:
+        with self._store.using(tag), self._opening:
             entry = self._catalog.entry(tag)
             if entry is None:
                 return
@@ -363,6 +355,7 @@ class RocksDBTier(PersistentTier):
                 self._catalog.remove(batch, tag)
                 self._store.write(batch)
                 if table is not None:
+                    table.dropped = True
                     entry = table.entry
                 if entry.family is not None:
                     self._store.drop_family(entry.family)
@@ -374,7 +367,6 @@ class RocksDBTier(PersistentTier):
         releases the files.
         """
         self._store.close()
-        self._pool.shutdown(wait=False)
 
     @property
     def read_only(self) -> bool:  # type: ignore[override]  # settled at the start
@@ -388,18 +380,21 @@ class RocksDBTier(PersistentTier):
             table = self._table(tag)
             self._store.check_writable(tag)
             with table.writing:
+                if table.dropped:
+                    raise self._unknown(tag)
                 yield table
 
     def _table(self, tag: str) -> RocksTable:
-        with self._lock:
-            table = self._tables.get(tag)
+        table = self._tables.get(tag)
         if table is None:
-            raise UnknownTableError(f"no table {tag} is open in {self._store.path}")
+            raise self._unknown(tag)
         return table
+
+    def _unknown(self, tag: str) -> UnknownTableError:
+        return UnknownTableError(f"no table {tag} is open in {self._store.path}")
 
     def _drop_orphans(self) -> None:
         """Drop families that no table names: what killed loads left."""
-        with self._store.using():
-            named = {entry.family for entry in self._catalog.entries().values()}
-            for name in set(self._store.families()) - named:
-                self._store.drop_family(name)
+        named = {entry.family for entry in self._catalog.entries().values()}
+        for name in set(self._store.families()) - named - {META_FAMILY}:
+            self._store.drop_family(name)

@@ -2,6 +2,7 @@
 
 Entries live in a family of their own and are put into the batch of the rows that they
 are about: ``table/<tag>`` (JSON), ``epoch/<tag>`` and ``offset/<source>`` (decimal).
+``format`` marks the database as this package's, so that no other is written to.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hps_numba.errors import ConfigError, TierCorruptionError
-from hps_numba.tiers.rocksdb_store import NAME, Batch, RocksStore
+from hps_numba.tiers.rocksdb_store import META_FAMILY, NAME, Batch, RocksStore
 from hps_numba.types import TableSpec
 
+_FORMAT = b"format"
+_VERSION = b"1"
 _TABLE = b"table/"
 _EPOCH = b"epoch/"
 _OFFSET = b"offset/"
@@ -29,7 +32,7 @@ class Entry:
     name: str
     dim: int
     dtype: str
-    generation: int = 0
+    generation: int = 0  # families that the table has had
     family: str | None = None  # None: nothing was stored yet
     fingerprint: dict[str, Any] | None = None
     loaded_epoch: int = -1  # the epoch right after the last load
@@ -50,10 +53,24 @@ class Entry:
 
 
 class Catalog:
-    """Reads and writes the metadata of one database. As thread-safe as the store."""
+    """Reads and writes the metadata of one database. As thread-safe as the store.
+
+    Raises
+    ------
+    ConfigError
+        If the database is another program's, or has another format.
+    TierUnavailableError
+        If it is empty and open read-only.
+    """
 
     def __init__(self, store: RocksStore) -> None:
         self._store = store
+        if META_FAMILY in store.families():
+            self._meta = store.family(META_FAMILY)
+        else:
+            self._check_new()
+            self._meta = store.create_family(META_FAMILY)
+        self._check_format()
 
     def entries(self) -> dict[str, Entry]:
         """Return every table's entry by tag."""
@@ -64,9 +81,7 @@ class Catalog:
 
     def entry(self, tag: str) -> Entry | None:
         """Return a table's entry, or None."""
-        if not self._store.has_meta:
-            return None
-        value = self._store.meta.get(_TABLE + tag.encode())
+        value = self._meta.get(_TABLE + tag.encode())
         return None if value is None else _parsed(self._store.path, tag, value)
 
     def create(self, spec: TableSpec) -> Entry:
@@ -80,7 +95,7 @@ class Catalog:
 
     def epoch(self, tag: str) -> int:
         """Return a table's update epoch."""
-        value = self._store.meta.get(_EPOCH + tag.encode())
+        value = self._meta.get(_EPOCH + tag.encode())
         return int(value) if value is not None else 0
 
     def offsets(self) -> dict[str, int]:
@@ -92,33 +107,54 @@ class Catalog:
     def put_entry(self, batch: Batch, tag: str, entry: Entry) -> None:
         """Add a table's entry to a batch."""
         text = json.dumps(asdict(entry))
-        batch.put(self._store.meta, _TABLE + tag.encode(), text.encode())
+        batch.put(self._meta, _TABLE + tag.encode(), text.encode())
 
     def put_epoch(self, batch: Batch, tag: str, epoch: int) -> None:
         """Add a table's epoch to a batch."""
-        batch.put(self._store.meta, _EPOCH + tag.encode(), b"%d" % epoch)
+        batch.put(self._meta, _EPOCH + tag.encode(), b"%d" % epoch)
 
     def put_offsets(self, batch: Batch, offsets: Mapping[str, int]) -> None:
         """Add positions of update sources to a batch."""
         for source, offset in offsets.items():
-            batch.put(self._store.meta, _OFFSET + source.encode(), b"%d" % offset)
+            batch.put(self._meta, _OFFSET + source.encode(), b"%d" % offset)
 
     def remove(self, batch: Batch, tag: str) -> None:
         """Add the removal of a table to a batch."""
-        batch.delete(self._store.meta, _TABLE + tag.encode())
-        batch.delete(self._store.meta, _EPOCH + tag.encode())
+        batch.delete(self._meta, _TABLE + tag.encode())
+        batch.delete(self._meta, _EPOCH + tag.encode())
 
     def _with_prefix(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
         start = prefix
-        while self._store.has_meta:
-            pairs = self._store.meta.scan(start, _SCAN_ROWS)
+        while True:
+            pairs = self._meta.scan(start, _SCAN_ROWS)
             ours = [(k, v) for k, v in pairs if k.startswith(prefix)]
             found += [(key[len(prefix) :], value) for key, value in ours]
             if len(ours) < _SCAN_ROWS:
-                break
+                return found
             start = ours[-1][0] + b"\0"
-        return found
+
+    def _check_new(self) -> None:
+        path, families = self._store.path, self._store.families()
+        if families:
+            raise ConfigError(
+                f"{NAME}: {path} is the database of another program, with column "
+                f"families {', '.join(sorted(families)[:3])}: use another path"
+            )
+        self._store.check_writable("")
+
+    def _check_format(self) -> None:
+        version = self._meta.get(_FORMAT)
+        if version is None and not self.entries():  # new, or killed when it was
+            self._store.check_writable("")
+            batch = Batch()
+            batch.put(self._meta, _FORMAT, _VERSION)
+            self._store.write(batch)
+        elif version != _VERSION:
+            raise ConfigError(
+                f"{NAME}: {self._store.path} has format {version!r}; this version "
+                f"of hps_numba reads {_VERSION!r}: deploy to another path"
+            )
 
 
 def _parsed(path: str, tag: str, value: bytes) -> Entry:
@@ -126,5 +162,8 @@ def _parsed(path: str, tag: str, value: bytes) -> Entry:
         return Entry(**json.loads(value))
     except (TypeError, ValueError) as exc:
         raise TierCorruptionError(
-            f"{path}: the table's metadata cannot be read: {exc}", tier=NAME, tag=tag
+            f"{path}: the table's metadata cannot be read: {exc}; "
+            "restore the database, or remove it and deploy again",
+            tier=NAME,
+            tag=tag,
         ) from exc

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
+from itertools import compress
 from time import monotonic
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from hps_numba.errors import TierCorruptionError
 from hps_numba.tiers.arguments import check_rows
-from hps_numba.tiers.codec import decode_rows, encode_keys, encode_rows
+from hps_numba.tiers.codec import decode_keys, decode_rows, encode_keys, encode_rows
 from hps_numba.tiers.rocksdb_store import NAME, Family
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
 
@@ -39,34 +40,44 @@ class Fetch:
         )
         if n_pieces == 1:
             return self._piece(order)
-        return sum(pool.map(self._piece, np.array_split(order, n_pieces)))
+        pieces = [
+            pool.submit(self._piece, piece) for piece in np.array_split(order, n_pieces)
+        ]
+        wait(pieces)  # also if one fails: they write to the caller's arrays
+        return sum(piece.result() for piece in pieces)
 
     def _piece(self, positions: NDArray[np.int64]) -> int:
         if not positions.size or monotonic() > self.deadline:
             return 0
-        values = self.family.multi_get(encode_keys(self.keys[positions]))
+        keys = encode_keys(self.keys[positions])
+        values = self.family.multi_get(keys)
         present = [value for value in values if value is not None]
         if len(present) < len(values):
-            positions = positions[[value is not None for value in values]]
-        self._check_widths(present, positions)
-        rows = decode_rows(present, self.spec.dim, self.spec.numpy_dtype)
-        self.out[positions] = rows
+            known = [value is not None for value in values]
+            positions, keys = positions[known], list(compress(keys, known))
+        self.out[positions] = rows_of(self.spec, keys, present)
         self.found[positions] = True
         return len(present)
 
-    def _check_widths(self, rows: list[bytes], positions: NDArray[np.int64]) -> None:
-        widths = set(map(len, rows))
-        expected = self.spec.row_bytes
-        if widths <= {expected}:
-            return
-        bad = next(i for i, row in enumerate(rows) if len(row) != expected)
+
+def rows_of(spec: TableSpec, keys: Sequence[bytes], values: Sequence[bytes]) -> Rows:
+    """Return stored rows as an array (n, dim), read-only.
+
+    Raises
+    ------
+    TierCorruptionError
+        If one has another width than the rows of the table.
+    """
+    if not set(map(len, values)) <= {spec.row_bytes}:
+        bad = next(i for i, row in enumerate(values) if len(row) != spec.row_bytes)
         raise TierCorruptionError(
-            f"the row of key {self.keys[positions[bad]]} has {len(rows[bad])} bytes; "
-            f"dim {self.spec.dim} of {self.spec.dtype.value} takes {expected}; "
-            f"deploy the table again with force",
+            f"the row of key {decode_keys(keys[bad : bad + 1])[0]} has "
+            f"{len(values[bad])} bytes; dim {spec.dim} of {spec.dtype.value} takes "
+            f"{spec.row_bytes}: restore the database, or deploy the table with force",
             tier=NAME,
-            tag=self.spec.tag,
+            tag=spec.tag,
         )
+    return decode_rows(values, spec.dim, spec.numpy_dtype)
 
 
 class CountedBlocks:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -153,6 +153,8 @@ class RocksStore:
         Block cache, shared by all families.
     direct_reads
         Read around the operating system's page cache.
+    on_close
+        Called when the last user has left after ``close``.
 
     Raises
     ------
@@ -163,10 +165,17 @@ class RocksStore:
     """
 
     def __init__(
-        self, path: str, *, read_only: bool, cache_bytes: int, direct_reads: bool
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        cache_bytes: int,
+        direct_reads: bool,
+        on_close: Callable[[], None],
     ) -> None:
         self.path = path
         self.read_only = read_only
+        self._on_close = on_close
         self._options = _options(cache_bytes, direct_reads=direct_reads)
         self._lock = threading.Lock()
         self._users = 0  # guarded by _lock
@@ -176,18 +185,6 @@ class RocksStore:
             self._db = self._open()
             for name in self._stored_families():
                 self._families[name] = Family(self._db, name)
-        if META_FAMILY not in self._families and not read_only:
-            self.create_family(META_FAMILY)
-
-    @property
-    def meta(self) -> Family:
-        """The family of the metadata."""
-        return self._families[META_FAMILY]
-
-    @property
-    def has_meta(self) -> bool:
-        """Whether there is metadata; a foreign database that is read has none."""
-        return META_FAMILY in self._families
 
     @contextmanager
     def using(self, tag: str = "") -> Iterator[None]:
@@ -219,14 +216,21 @@ class RocksStore:
             )
 
     def family(self, name: str) -> Family:
-        """Return an existing family."""
+        """Return a family that the metadata names."""
         with self._lock:
-            return self._families[name]
+            family = self._families.get(name)
+        if family is None:
+            raise TierCorruptionError(
+                f"{self.path}: the column family {name} is missing; restore the "
+                "database, or remove it and deploy again",
+                tier=NAME,
+            )
+        return family
 
     def families(self) -> list[str]:
-        """Return the names of all families but the metadata's."""
+        """Return the names of all families."""
         with self._lock:
-            return [name for name in self._families if name != META_FAMILY]
+            return list(self._families)
 
     def create_family(self, name: str) -> Family:
         """Create an empty family."""
@@ -301,6 +305,7 @@ class RocksStore:
             self._users -= 1
             last = self._closed and self._users == 0
         if last:
+            self._on_close()
             with map_exceptions(self.path):
                 self._close_files()
 

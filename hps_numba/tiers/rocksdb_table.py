@@ -2,29 +2,28 @@
 
 ``writing`` serialises writers from the first byte to the last; ``lock`` guards what
 readers look at and is held for moments only. Who needs both takes ``writing`` first.
+RocksDB refuses all writes after one to a dropped family, so a table that was dropped is
+marked, under ``writing``, and never written again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hps_numba.tiers.codec import (
-    KEY_BYTES,
-    decode_keys,
-    decode_rows,
-    encode_keys,
-    encode_rows,
-)
+from hps_numba.tiers.codec import KEY_BYTES, decode_keys, encode_keys, encode_rows
 from hps_numba.tiers.rocksdb_catalog import Catalog, Entry
+from hps_numba.tiers.rocksdb_rows import encoded, rows_of
 from hps_numba.tiers.rocksdb_store import Batch, Family, RocksStore
+from hps_numba.tiers.sorted_runs import check_ascending, sorted_unique
 from hps_numba.tiers.stamps import UpdateStamps
 from hps_numba.types import Keys, Mask, RowBlock, Rows, TableSpec
 
+_FILE_BYTES = 64 << 20
 _SCAN_ROWS = 8192
 _FIRST_KEY = bytes(KEY_BYTES)
 
@@ -61,8 +60,15 @@ class RocksTable:
         self.family = (  # replaced under writing and lock
             None if entry.family is None else store.family(entry.family)
         )
-        self.stamps = UpdateStamps(catalog.epoch(spec.tag))  # guarded by lock
+        self._stored_epoch = catalog.epoch(spec.tag)  # replaced under writing
+        self.stamps = UpdateStamps(self._stored_epoch)  # guarded by lock
         self.refused = 0  # guarded by lock
+        self.dropped = False  # guarded by writing
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was written since the last load."""
+        return self._stored_epoch == self.entry.loaded_epoch
 
     def write(
         self,
@@ -76,82 +82,108 @@ class RocksTable:
         for low in range(0, max(keys.size, 1), step):
             part = order[low : low + step]
             batch = Batch()
-            self._add(batch, keys[part], None if rows is None else rows[part])
-            self._catalog.put_epoch(batch, self.spec.tag, self.stamps.epoch + 1)
             if offsets and low + step >= keys.size:
                 self._catalog.put_offsets(batch, offsets)
-            self._store.write(batch)
-            with self.lock:
-                self.stamps.commit(keys[part])
+            epoch = self.stamps.epoch + 1
+            if part.size:
+                self._catalog.put_epoch(batch, self.spec.tag, epoch)
+            try:
+                self._apply(
+                    batch, keys[part], None if rows is None else rows[part], self.entry
+                )
+                self._stored_epoch = epoch if part.size else self._stored_epoch
+            finally:  # a write that failed may have happened
+                with self.lock:
+                    self.stamps.commit(keys[part])
+
+    def backfill(self, keys: Keys, rows: Rows, epoch: int) -> int:
+        """Put the rows whose keys did not change since ``epoch``; count them."""
+        with self.lock:
+            admitted = self.stamps.admit(keys, epoch)
+            n_admitted = int(np.count_nonzero(admitted))
+            self.refused += keys.size - n_admitted
+        self.put(keys[admitted], rows[admitted])
+        return n_admitted
 
     def put(self, keys: Keys, rows: Rows | None) -> None:
         """Put or delete keys without telling anyone that they changed."""
+        entry = replace(self.entry, loaded_epoch=-1)
         for low in range(0, keys.size, self._write_rows):
             part = slice(low, low + self._write_rows)
-            batch = Batch()
-            self._add(batch, keys[part], None if rows is None else rows[part])
-            entry = replace(self.entry, loaded_epoch=-1)
+            self._apply(
+                Batch(), keys[part], None if rows is None else rows[part], entry
+            )
+            entry = self.entry
+
+    def _apply(self, batch: Batch, keys: Keys, rows: Rows | None, entry: Entry) -> None:
+        """Write the batch with these keys and this entry; then show what is new."""
+        family = self.family
+        if family is None and rows is not None and keys.size:
+            family = self._new_family()
+            entry = replace(entry, family=family.name, generation=entry.generation + 1)
+        if entry != self.entry:
             self._catalog.put_entry(batch, self.spec.tag, entry)
-            self._store.write(batch)
-            with self.lock:
-                self.entry = entry
-
-    def _add(self, batch: Batch, keys: Keys, rows: Rows | None) -> None:
-        if rows is not None and self.family is None:
-            self._found_family(batch)
-        if self.family is None:
-            return
-        encoded_keys = encode_keys(keys)
-        if rows is None:
-            batch.delete_all(self.family, encoded_keys)
-        else:
-            batch.put_all(self.family, encoded_keys, encode_rows(rows))
-
-    def _found_family(self, batch: Batch) -> None:
-        """Create the table's first family; ``batch`` makes it live with its rows."""
-        family = self._new_family()
-        entry = replace(self.entry, family=family.name)
-        self._catalog.put_entry(batch, self.spec.tag, entry)
+        if family is not None and rows is None:
+            batch.delete_all(family, encode_keys(keys))
+        elif family is not None and rows is not None:
+            batch.put_all(family, encode_keys(keys), encode_rows(rows))
+        self._store.write(batch)
         with self.lock:
             self.entry, self.family = entry, family
 
     def _new_family(self) -> Family:
-        generation = self.entry.generation
+        n_before = self.entry.generation
         tag = self.spec.tag
-        name = tag if generation == 0 else f"{tag}#{generation + 1}"
-        if name in self._store.families():  # left by a load that failed
+        name = f"{tag}#{n_before + 1}" if n_before else tag
+        if name in self._store.families():  # left by a write that failed
             self._store.drop_family(name)
         return self._store.create_family(name)
 
-    def replace_rows(
+    def load(
         self,
-        files: list[str],
+        blocks: Iterable[RowBlock],
+        *,
+        ascending: bool,
         fingerprint: Mapping[str, Any] | None,
     ) -> None:
-        """Make a new family with the rows of sorted files the self."""
-        self.entry = replace(
-            self.entry, generation=self.entry.generation + bool(self.family)
-        )
-        family = self._new_family()
-        if files:
-            family.ingest(files)
-        self.switch(family, dict(fingerprint) if fingerprint else None)
+        """Make these rows the table, by way of sorted files."""
+        with self._store.load_directory() as directory:
+            ordered = (
+                check_ascending(blocks)
+                if ascending
+                else sorted_unique(blocks, directory)
+            )
+            files = self._store.write_files(
+                directory, encoded(ordered), file_bytes=_FILE_BYTES
+            )
+            family = self._new_family()
+            if files:
+                family.ingest(files)
+            self._switch(family, dict(fingerprint) if fingerprint else None)
 
-    def switch(self, family: Family | None, fingerprint: dict[str, Any] | None) -> None:
+    def clear(self) -> int:
+        """Remove all rows without telling anyone, and return how many there were."""
+        n_rows = self.count()
+        self._switch(None, self.entry.fingerprint)
+        return n_rows
+
+    def _switch(
+        self, family: Family | None, fingerprint: dict[str, Any] | None
+    ) -> None:
         """Make a family (none: no rows) the table, in one write, and drop the old."""
-        old = self.family
-        generation = self.entry.generation + (family is None)
+        old, epoch = self.family, self.stamps.epoch + 1
         entry = replace(
             self.entry,
-            generation=generation,
+            generation=self.entry.generation + (family is not None),
             family=family.name if family else None,
             fingerprint=fingerprint,
-            loaded_epoch=self.stamps.epoch + 1 if family else -1,
+            loaded_epoch=epoch if family else -1,
         )
         batch = Batch()
         self._catalog.put_entry(batch, self.spec.tag, entry)
-        self._catalog.put_epoch(batch, self.spec.tag, self.stamps.epoch + 1)
+        self._catalog.put_epoch(batch, self.spec.tag, epoch)
         self._store.write(batch, sync=True)
+        self._stored_epoch = epoch
         with self.lock:
             self.entry, self.family = entry, family
             self.stamps.commit_all()
@@ -160,10 +192,15 @@ class RocksTable:
 
     def known(self, keys: Keys) -> Mask:
         """Return which keys are stored."""
-        if self.family is None:
-            return np.zeros(keys.size, np.bool_)
-        values = self.family.multi_get(encode_keys(keys))
-        return np.fromiter((v is not None for v in values), np.bool_, keys.size)
+        known = np.zeros(keys.size, np.bool_)
+        family = self.family
+        if family is None:
+            return known
+        for low in range(0, keys.size, _SCAN_ROWS):
+            piece = slice(low, low + _SCAN_ROWS)
+            values = family.multi_get(encode_keys(keys[piece]))
+            known[piece] = [value is not None for value in values]
+        return known
 
     def count(self) -> int:
         """Return the number of rows, by a scan of the keys."""
@@ -186,9 +223,7 @@ class RocksTable:
                 if not pairs:
                     return
                 keys, rows = zip(*pairs, strict=True)
-                block = RowBlock(
-                    decode_keys(keys), decode_rows(rows, spec.dim, spec.numpy_dtype)
-                )
+                block = RowBlock(decode_keys(keys), rows_of(spec, keys, rows))
             yield block
             if len(pairs) < block_rows:
                 return
