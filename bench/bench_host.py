@@ -14,7 +14,7 @@ from bench.compare import Claim, compare
 from bench.defaults import SEED, Run
 from bench.harness import Call, Setup, Variant
 from bench.records import Param, Result, counted
-from bench.setups import fetching, fill, reading, spec
+from bench.setups import callers, fetching, fill, reading, spec, together
 from bench.workloads import SAMPLERS, table_rows, uniform, unique
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import OverflowPolicy, RowDtype, TableSpec
@@ -75,8 +75,8 @@ def host_threads(run: Run) -> Iterator[Result]:
             fill(tier, table, run.sizes.n_rows)
             variants = [
                 Variant(
-                    _callers(n),
-                    _together(
+                    callers(n),
+                    together(
                         stack.enter_context(ThreadPoolExecutor(n)),
                         [fetching(tier, table, sampler, batch) for _ in range(n)],
                     ),
@@ -84,7 +84,7 @@ def host_threads(run: Run) -> Iterator[Result]:
                 )
                 for n in run.sizes.threads
             ]
-            one = _callers(run.sizes.threads[0])
+            one = callers(run.sizes.threads[0])
             yield from compare(
                 run,
                 "host_threads",
@@ -201,23 +201,6 @@ def _fetch_claims(dim: int, *, promised: bool) -> list[Claim]:
         Claim("host", BY_NUMBER, by_number),
         Claim("host, 2 threads", "host", two),
     ]
-
-
-def _callers(n: int) -> str:
-    return f"{n} callers" if n > 1 else "1 caller"
-
-
-def _together(pool: ThreadPoolExecutor, setups: list[Setup]) -> Setup:
-    def setup() -> Call:
-        calls = [make() for make in setups]
-
-        def call() -> None:
-            for done in [pool.submit(one) for one in calls]:
-                done.result()
-
-        return call
-
-    return setup
 
 
 def _filling(table: TableSpec, n: int) -> Setup:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.harness import Plan
 from bench.records import Origin, Published
+from bench.workloads import POWER_LAW_ALPHA
 
 SEED = 20_240_601
 
@@ -39,6 +40,7 @@ class Sizes:
     call_dim: int = 16
     pipeline_keys: int = 200_000
     pipeline_chunk: int = 10_000
+    pipeline_shares: tuple[float, ...] = (0.75, 0.95)  # of rows in host memory
 
 
 FULL = Sizes()
@@ -65,6 +67,7 @@ SMOKE = Sizes(
     call_keys=100,
     pipeline_keys=2_000,
     pipeline_chunk=200,
+    pipeline_shares=(0.75,),
 )
 
 FULL_PLAN = Plan()
@@ -92,6 +95,7 @@ LOAD_AGAINST_WRITE_BATCH = 3.0
 PIPELINE_OVER_SLOWEST_STAGE = 1.2
 LOOKUP_OVER_TIER_FETCH = 1.5
 
+CALL_ALPHA = POWER_LAW_ALPHA  # of the small call
 HPS_SMALL_CALL = Published(
     source="HugeCTR, docs/source/hierarchical_parameter_server/profiling_hps.md: "
     "database backend, on the authors' machine",

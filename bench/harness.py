@@ -73,13 +73,16 @@ class Plan:
         Cores that others may use in a round that counts.
     quiet_wait_s
         Seconds to wait for the machine to become quiet before a round.
+    min_quiet_rounds
+        With fewer quiet rounds than this at the end, all rounds count.
     """
 
-    rounds: int = 30
+    rounds: int = 20
     slice_s: float = 0.1
     budget_s: float = 60.0
     max_other_cores: float = 0.15
-    quiet_wait_s: float = 5.0
+    quiet_wait_s: float = 2.0
+    min_quiet_rounds: int = 5
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def interleave(
     """Time the variants round-robin and return their timings by name.
 
     Every variant runs once, untimed, before the first round. If the budget ends before
-    ``plan.rounds`` quiet rounds were seen, all rounds count and the timings say so.
+    ``plan.min_quiet_rounds`` were seen, all rounds count and the timings say so.
     """
     meter = meter or Meter()
     for variant in variants:
@@ -189,7 +192,7 @@ def _timings(
     variants: Sequence[Variant], rounds: Sequence[_Round], plan: Plan
 ) -> dict[str, Timing]:
     quiet = [r for r in rounds if r.quiet]
-    enough = len(quiet) >= plan.rounds
+    enough = len(quiet) >= min(plan.min_quiet_rounds, plan.rounds)
     counted = quiet if enough else rounds
     return {v.name: _timing(v, counted, enough) for v in variants}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 
@@ -87,6 +88,26 @@ def reading(fetch: Fetch, table: TableSpec, sampler: Sampler, batch: int) -> Set
 
         def call() -> None:
             fetch(keys, out)
+
+        return call
+
+    return setup
+
+
+def callers(n: int) -> str:
+    """Return how results call a number of calling threads."""
+    return f"{n} callers" if n > 1 else "1 caller"
+
+
+def together(pool: Executor, setups: Sequence[Setup]) -> Setup:
+    """Time calls that run at once, one in each thread of the pool."""
+
+    def setup() -> Call:
+        calls = [make() for make in setups]
+
+        def call() -> None:
+            for done in [pool.submit(one) for one in calls]:
+                done.result()
 
         return call
 
