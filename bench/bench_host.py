@@ -14,7 +14,17 @@ from bench.compare import Claim, compare
 from bench.defaults import SEED, Run
 from bench.harness import Call, Setup, Variant
 from bench.records import Param, Result, counted
-from bench.setups import callers, fetching, fill, reading, spec, together
+from bench.setups import (
+    backfilling,
+    callers,
+    evicting,
+    fetching,
+    fill,
+    reading,
+    spec,
+    together,
+    updating,
+)
 from bench.workloads import SAMPLERS, table_rows, uniform, unique
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import OverflowPolicy, RowDtype, TableSpec
@@ -98,14 +108,14 @@ def host_writes(run: Run) -> Iterator[Result]:
     """Time inserts of new rows, updates, backfills and evictions."""
     n = run.sizes.write_rows
     for dim in run.sizes.dims:
-        table = spec(dim)
+        table, sampler = spec(dim), uniform(run.sizes.n_rows, seed=SEED)
         with closing(HostTier()) as tier:
             fill(tier, table, run.sizes.n_rows)
             setups = {
                 "insert into an empty table": _filling(table, n),
-                "update": _updating(tier, table, run.sizes.n_rows, n),
-                "backfill": _backfilling(tier, table, run.sizes.n_rows, n),
-                "evict": _evicting(tier, table, run.sizes.n_rows, n),
+                "update": updating(tier, table, sampler, n),
+                "backfill": backfilling(tier, table, sampler, n),
+                "evict": evicting(tier, table, sampler, n),
             }
             yield from compare(
                 run,
@@ -211,49 +221,6 @@ def _filling(table: TableSpec, n: int) -> Setup:
         tier = HostTier()
         tier.open_table(table)
         return lambda: tier.insert(table.tag, keys, rows)
-
-    return setup
-
-
-def _updating(tier: HostTier, table: TableSpec, n_rows: int, n: int) -> Setup:
-    sampler, rows = uniform(n_rows, seed=SEED), table_rows(np.arange(n), table.dim)
-
-    def setup() -> Call:
-        keys = unique(sampler, n)
-        return lambda: tier.insert(table.tag, keys, rows)
-
-    return setup
-
-
-def _backfilling(tier: HostTier, table: TableSpec, n_rows: int, n: int) -> Setup:
-    sampler, rows = uniform(n_rows, seed=SEED), table_rows(np.arange(n), table.dim)
-
-    def setup() -> Call:
-        keys = unique(sampler, n)
-        tier.evict(table.tag, keys)
-        epoch = tier.epoch(table.tag)
-
-        def call() -> None:
-            stored = tier.backfill(table.tag, keys, rows, epoch)
-            assert stored == n, f"{n - stored} of {n} backfills were refused"
-
-        return call
-
-    return setup
-
-
-def _evicting(tier: HostTier, table: TableSpec, n_rows: int, n: int) -> Setup:
-    sampler, rows = uniform(n_rows, seed=SEED), table_rows(np.arange(n), table.dim)
-
-    def setup() -> Call:
-        keys = unique(sampler, n)
-        tier.insert(table.tag, keys, rows)
-
-        def call() -> None:
-            evicted = tier.evict(table.tag, keys)
-            assert evicted == n, f"{n - evicted} of {n} keys were not there"
-
-        return call
 
     return setup
 

@@ -58,12 +58,12 @@ def lookup_batches(run: Run) -> Iterator[Result]:
                 Variant(f"batch {n}", looking_up(served, sampler, n), n)
                 for n in run.sizes.batches
             ]
-            params: dict[str, Param] = {
-                "dim": dim,
-                "n_rows": run.sizes.n_rows,
-                "keys": "uniform",
-            }
-            yield from compare(run, "lookup_batches", variants, params=params)
+            yield from compare(
+                run,
+                "lookup_batches",
+                variants,
+                params={"dim": dim, "n_rows": run.sizes.n_rows, "keys": "uniform"},
+            )
 
 
 def lookup_threads(run: Run) -> Iterator[Result]:

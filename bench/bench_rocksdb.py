@@ -18,16 +18,18 @@ from bench.records import Param, Result
 from bench.setups import (
     blocks,
     blocks_of,
+    deleting,
     fetching,
     fill,
     reading,
     shuffled_keys,
     spec,
+    updating,
     warm,
 )
-from bench.workloads import Sampler, table_rows, uniform, unique
+from bench.workloads import table_rows, uniform
 from hps_numba.tiers.rocksdb import RocksDBTier
-from hps_numba.types import RowBlock, Rows, TableSpec
+from hps_numba.types import RowBlock, TableSpec
 
 TIER = "rocksdb"
 TIER_ONE_THREAD = "rocksdb, 1 thread"
@@ -155,11 +157,10 @@ def rocksdb_writes(run: Run) -> Iterator[Result]:
     n = run.sizes.rocks_batch
     for dim in run.sizes.dims:
         table, sampler = spec(dim), uniform(run.sizes.n_rows, seed=SEED)
-        rows = table_rows(np.arange(n), dim)
         with closing(_filled(run, f"writes-{dim}", table)) as tier:
             setups = {
-                "update": _updating(tier, table, sampler, rows),
-                "delete": _deleting(tier, table, sampler, rows),
+                "update": updating(tier, table, sampler, n),
+                "delete": deleting(tier, table, sampler, n),
             }
             yield from compare(
                 run,
@@ -274,38 +275,6 @@ def _writing(stack: ExitStack, run: Run, table: TableSpec, block: RowBlock) -> S
         return lambda: plain.write(block.keys, block.rows)
 
     path.mkdir()
-    return setup
-
-
-def _updating(
-    tier: RocksDBTier,
-    table: TableSpec,
-    sampler: Sampler,
-    rows: Rows,
-) -> Setup:
-    def setup() -> Call:
-        keys = unique(sampler, len(rows))
-        return lambda: tier.insert(table.tag, keys, rows)
-
-    return setup
-
-
-def _deleting(
-    tier: RocksDBTier,
-    table: TableSpec,
-    sampler: Sampler,
-    rows: Rows,
-) -> Setup:
-    def setup() -> Call:
-        keys = unique(sampler, len(rows))
-        tier.insert(table.tag, keys, rows)
-
-        def call() -> None:
-            deleted = tier.delete(table.tag, keys)
-            assert deleted == keys.size, f"{keys.size - deleted} were not there"
-
-        return call
-
     return setup
 
 

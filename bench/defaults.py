@@ -24,6 +24,8 @@ class Sizes:
     batches: tuple[int, ...] = (1, 10, 100, 1_000, 10_000, 100_000)
     threads: tuple[int, ...] = (1, 2, 4, 8)
     write_rows: int = 200_000
+    micro_dims: tuple[int, ...] = (16, 32, 64, 128)
+    micro_batches: tuple[int, ...] = (1_000, 10_000, 100_000)
     rocks_batch: int = 50_000
     rocks_threads: int = 16
     rocks_batches: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
@@ -52,6 +54,8 @@ SMOKE = Sizes(
     batches=(1, 100),
     threads=(1, 2),
     write_rows=500,
+    micro_dims=(8,),
+    micro_batches=(10, 1_000),
     rocks_batch=500,
     rocks_threads=2,
     rocks_batches=(10, 500),

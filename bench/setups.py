@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.defaults import SEED
 from bench.harness import Call, Setup
-from bench.workloads import Sampler, table_rows
+from bench.workloads import Sampler, table_rows, unique
 from hps_numba.tiers.base import Tier
 from hps_numba.types import Keys, RowBlock, RowDtype, Rows, TableSpec
 
@@ -18,9 +18,11 @@ Fetch = Callable[[Keys, Rows], object]
 BLOCK_ROWS = 65_536
 
 
-def spec(dim: int, *, dtype: RowDtype = RowDtype.FLOAT32) -> TableSpec:
+def spec(
+    dim: int, *, name: str = "table", dtype: RowDtype = RowDtype.FLOAT32
+) -> TableSpec:
     """Return the table that a benchmark fills."""
-    return TableSpec("bench", "table", dim, dtype)
+    return TableSpec("bench", name, dim, dtype)
 
 
 def shuffled_keys(n_rows: int) -> Keys:
@@ -108,6 +110,67 @@ def together(pool: Executor, setups: Sequence[Setup]) -> Setup:
         def call() -> None:
             for done in [pool.submit(one) for one in calls]:
                 done.result()
+
+        return call
+
+    return setup
+
+
+def updating(tier: Tier, table: TableSpec, sampler: Sampler, n: int) -> Setup:
+    """Time new rows for ``n`` keys that the tier holds."""
+    rows = table_rows(np.arange(n), table.dim, table.dtype.value)
+
+    def setup() -> Call:
+        keys = unique(sampler, n)
+        return lambda: tier.insert(table.tag, keys, rows)
+
+    return setup
+
+
+def backfilling(tier: Tier, table: TableSpec, sampler: Sampler, n: int) -> Setup:
+    """Time backfills of ``n`` keys that the tier has just forgotten."""
+    rows = table_rows(np.arange(n), table.dim, table.dtype.value)
+
+    def setup() -> Call:
+        keys = unique(sampler, n)
+        tier.evict(table.tag, keys)
+        epoch = tier.epoch(table.tag)
+
+        def call() -> None:
+            stored = tier.backfill(table.tag, keys, rows, epoch)
+            assert stored == n, f"{n - stored} of {n} backfills were refused"
+
+        return call
+
+    return setup
+
+
+def evicting(tier: Tier, table: TableSpec, sampler: Sampler, n: int) -> Setup:
+    """Time evictions of ``n`` keys that the tier holds."""
+    return _removing(tier.evict, tier, table, sampler, n)
+
+
+def deleting(tier: Tier, table: TableSpec, sampler: Sampler, n: int) -> Setup:
+    """Time deletions of ``n`` keys that the tier holds."""
+    return _removing(tier.delete, tier, table, sampler, n)
+
+
+def _removing(
+    remove: Callable[[str, Keys], int],
+    tier: Tier,
+    table: TableSpec,
+    sampler: Sampler,
+    n: int,
+) -> Setup:
+    rows = table_rows(np.arange(n), table.dim, table.dtype.value)
+
+    def setup() -> Call:
+        keys = unique(sampler, n)
+        tier.insert(table.tag, keys, rows)
+
+        def call() -> None:
+            removed = remove(table.tag, keys)
+            assert removed == n, f"{n - removed} of {n} keys were not there"
 
         return call
 
