@@ -26,16 +26,19 @@ lint: setup
 
 test: setup
 	$(BIN)/python -m pytest
-	$(BIN)/python -m bench --smoke
+	$(MAKE) bench-smoke
 
 demo: setup
 	$(BIN)/hps-numba demo --output demo-output
 
 bench: setup
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.report
+	$(BIN)/python -m pytest bench --benchmark-autosave
 
 bench-smoke: setup
 	$(BIN)/python -m bench --smoke
+	$(BIN)/python -m pytest bench --smoke --benchmark-disable
 
 schema: setup
 	$(BIN)/python -m hps_numba.config docs
