@@ -63,10 +63,11 @@ class Hierarchy:
 
     Notes
     -----
-    Thread-safe. *No resurrection:* an update holds its keys in every upper tier, takes
-    them off the in-flight register before each tier is written, and writes upwards. So
-    a row read before the update can neither be backfilled nor be handed to a lookup
-    that begins after the update was acknowledged.
+    Thread-safe. *No resurrection:* an update holds its keys in every upper tier and
+    evicts them there, writes upwards, and takes them off the in-flight register after
+    each tier. So a row read before the update can neither be backfilled nor be handed
+    to a lookup that begins after the update was acknowledged; and once one lookup
+    returned the new row, none that begins later returns an old one.
     """
 
     def __init__(
@@ -279,13 +280,16 @@ class Hierarchy:
         with ExitStack() as holds:
             for tier in self.tiers[:-1]:
                 holds.enter_context(tier.hold(tag, keys))
+                # From here on all lookups get these rows from the last tier, so that
+                # none sees an old row after another saw the new one.
+                tier.evict(tag, keys)
             for tier in reversed(self.tiers):
-                if self._in_flight is not None:
-                    self._in_flight.invalidate(keys)
                 if rows is None:
                     tier.delete(tag, keys)
                 else:
                     tier.insert(tag, keys, rows)
+                if self._in_flight is not None:
+                    self._in_flight.invalidate(keys)
 
     def _blank(self, n: int) -> tuple[NDArray[Any], Mask]:
         rows = np.empty((n, self.spec.dim), self.spec.numpy_dtype)
