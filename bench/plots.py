@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from bench.records import Result
+from bench.records import Result, shared_params
 
 SIZE_INCHES = (7.0, 3.5)
 DPI = 120
@@ -53,11 +53,9 @@ def plot_curves(results: Sequence[Result], path: Path) -> None:
 
 def _params(result: Result, results: Sequence[Result]) -> str:
     """Return the parameters in which the results differ."""
-    return ", ".join(
-        f"{name} {value}"
-        for name, value in result.params.items()
-        if len({r.params.get(name) for r in results}) > 1
-    )
+    shared = shared_params(results)
+    own = [f"{k} {v}" for k, v in result.params.items() if k not in shared]
+    return ", ".join(own) or result.name
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -215,6 +215,12 @@ def read(path: Path) -> list[Result]:
     return [Result.model_validate_json(line) for line in lines if line.strip()]
 
 
+def shared_params(results: Sequence[Result]) -> list[str]:
+    """Return the names of the parameters that are the same in all results."""
+    first = results[0].params
+    return [k for k in first if all(r.params.get(k) == first[k] for r in results)]
+
+
 def _spread(samples: NDArray[np.float64]) -> dict[str, float]:
     p05, median, p95, p99 = np.quantile(samples, [0.05, 0.5, 0.95, 0.99])
     return {

@@ -7,7 +7,7 @@ is between them is written here and nowhere else. ``python -m bench.report``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from bench.plots import plot_curves, plot_rates
-from bench.records import Ratio, Result, read
+from bench.records import Param, Ratio, Result, read, shared_params
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -73,10 +73,12 @@ def section(name: str, results: Sequence[Result]) -> str:
     mine = [r for r in results if r.name == name]
     if not mine:
         return "Not measured."
-    lines = [results_table(mine), "", f"![{name}](images/{name}.png)"]
+    lines = [_shared(mine), "", results_table(mine)]
+    if mine[0].unit == "s":
+        lines += ["", f"![{name}](images/{name}.png)"]
     lines += [f"\nAbsent: {why}." for r in mine for why in r.absent.values()]
     lines += [_published(r) for r in mine if r.published]
-    return "\n".join(lines if mine[0].unit == "s" else lines[:1])
+    return "\n".join(lines)
 
 
 def machine_table(results: Sequence[Result]) -> str:
@@ -85,7 +87,7 @@ def machine_table(results: Sequence[Result]) -> str:
         (
             r.machine.cpu,
             f"{r.machine.cores}",
-            f"{r.machine.l3_bytes >> 20} MiB",
+            f"{r.machine.l3_bytes >> 20} MiB" if r.machine.l3_bytes else "unknown",
             f"{r.machine.memory_bytes / 2**30:.0f} GiB",
             r.machine.kernel,
             ", ".join(f"{k} {v}" for k, v in r.versions.items() if k != "hps-numba"),
@@ -129,15 +131,15 @@ def floors_table(results: Sequence[Result]) -> str:
 def results_table(results: Sequence[Result]) -> str:
     """Return the results of one benchmark."""
     if results[0].unit != "s":
-        rows = [(_params(r), r.variant, f"{r.median:.1f}") for r in results]
+        rows = [(_own(r, results), r.variant, f"{r.median:.1f}") for r in results]
         return _table(("of", "variant", results[0].unit), rows)
     rows_s = [
         (
-            _params(r),
+            _own(r, results),
             r.variant,
             *(f"{value * 1e3:.4g}" for value in (r.median, r.p05, r.p95, r.p99)),
             f"{r.items / r.median / 1e6:.3g}",
-            ", ".join(map(_ratio, r.ratios)),
+            "; ".join(map(_ratio, r.ratios)),
             f"{r.noise * 100:.1f} %",
             ", ".join(r.marks),
         )
@@ -145,7 +147,7 @@ def results_table(results: Sequence[Result]) -> str:
     ]
     head = (
         *("of", "variant", "median ms", "p05", "p95", "p99", "M keys/s"),
-        *("against", "noise", "marks"),
+        *("ratio", "noise", "marks"),
     )
     return _table(head, rows_s)
 
@@ -162,8 +164,8 @@ _SIGN = {"at_least": "≥", "at_most": "≤"}
 
 
 def _ratio(ratio: Ratio) -> str:
-    how = "faster" if ratio.sense == "at_least" else "the time"
-    return f"{ratio.median:.2f}x {how} of {ratio.against}"
+    how = "as fast as" if ratio.sense == "at_least" else "as long as"
+    return f"{ratio.median:.2f} times {how} {ratio.against}"
 
 
 def _published(result: Result) -> str:
@@ -176,7 +178,22 @@ def _published(result: Result) -> str:
 
 
 def _params(result: Result) -> str:
-    return ", ".join(f"{name} {value}" for name, value in result.params.items())
+    return _listed(result.params)
+
+
+def _shared(results: Sequence[Result]) -> str:
+    """Return the parameters that all results have in common."""
+    names = shared_params(results)
+    return f"Of all: {_listed({k: results[0].params[k] for k in names})}."
+
+
+def _own(result: Result, results: Sequence[Result]) -> str:
+    names = shared_params(results)
+    return _listed({k: v for k, v in result.params.items() if k not in names})
+
+
+def _listed(params: Mapping[str, Param]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in params.items())
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
