@@ -36,11 +36,16 @@ class Bare:
     """One partition and its kernels, with limits set by hand and a dict beside it."""
 
     def __init__(
-        self, *, margin: int = 48, most_used: int = 48, policy: int = kernel.RANDOM
+        self,
+        *,
+        margin: int = 48,
+        most_used: int = 48,
+        policy: int = kernel.RANDOM,
+        row_bytes: int = ROW_BYTES,
     ) -> None:
         self.policy = policy
         self.partition = Partition(
-            margin, ROW_BYTES, scored=policy != kernel.RANDOM, capped=True
+            margin, row_bytes, scored=policy != kernel.RANDOM, capped=True
         )
         self.partition.limits[:] = margin, most_used
         self.descriptor = np.zeros((1, kernel.D_FIELDS), np.int64)
@@ -372,6 +377,19 @@ def test_eviction_takes_the_smallest_scores_and_as_many_as_asked(policy, start):
             bare.fetch([key])
     assert bare.evict(15, start) == 15
     bare.check(dict.fromkeys(keys[15:].tolist(), 1))
+
+
+def test_a_late_fetch_does_not_make_a_row_older():
+    bare = Bare(policy=kernel.OLDEST)
+    bare.upsert([1, 2, 3], 1)
+    bare.tick = 100
+    bare.fetch([1])
+    bare.tick = 50
+    bare.fetch([2])
+    bare.tick = 10  # began long ago, and gets to its rows only now
+    bare.fetch([1])
+    assert bare.evict(2) == 2
+    assert bare.keys() == [1]
 
 
 def test_an_update_keeps_the_uses_of_a_row_and_ties_fill_up_the_number_asked():

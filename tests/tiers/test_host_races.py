@@ -22,7 +22,7 @@ DIM = 24
 SPEC = TableSpec("model", "table", DIM)
 TAG = SPEC.tag
 N_READERS = 2
-WRITES = 4_000
+WRITES = 2_000
 LEAST_BATCHES = 200
 BATCH = 700
 
