@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from weakref import WeakSet
 
 from rocksdict import (
     AccessType,
@@ -181,6 +182,7 @@ class RocksStore:
         self._users = 0  # guarded by _lock
         self._closed = False  # guarded by _lock
         self._families: dict[str, Family] = {}  # guarded by _lock
+        self._dropped: WeakSet[Family] = WeakSet()  # guarded by _lock
         with map_exceptions(path):
             self._db = self._open()
             for name in self._stored_families():
@@ -243,7 +245,7 @@ class RocksStore:
     def drop_family(self, name: str) -> None:
         """Drop a family; readers that hold it may finish."""
         with self._lock:
-            del self._families[name]
+            self._dropped.add(self._families.pop(name))
         self._db.drop_column_family(name)
 
     def write(self, batch: Batch, *, sync: bool = False) -> None:
@@ -310,8 +312,8 @@ class RocksStore:
                 self._close_files()
 
     def _close_files(self) -> None:
-        for family in self._families.values():
-            family.close()
+        for family in (*self._families.values(), *self._dropped):
+            family.close()  # each keeps the database open, wherever it is still named
         self._families.clear()
         self._db.close()
 

@@ -486,6 +486,51 @@ def test_a_table_can_be_dropped_under_its_users(tier: RocksDBTier) -> None:
     assert_rows(reopened(tier), SPEC, KEY, filled_rows(SPEC, 1, 1.0))
 
 
+def test_a_writer_that_waited_for_a_drop_does_not_write(
+    tier: RocksDBTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tier._tables[SPEC.tag]
+    writing = table.writing
+
+    class DropFirst:
+        def __enter__(self) -> None:
+            table.writing = writing
+            tier.drop_table(SPEC.tag)
+            writing.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            writing.release()
+
+    tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 1.0))
+    monkeypatch.setattr(table, "writing", DropFirst())
+    with pytest.raises(UnknownTableError, match=SPEC.tag):
+        tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 2.0))
+    tier.open_table(SPEC)
+    tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 3.0))
+    assert_rows(reopened(tier), SPEC, KEY, filled_rows(SPEC, 1, 3.0))
+
+
+def test_a_fetch_that_fails_waits_for_its_threads(tier: RocksDBTier) -> None:
+    """They write to the caller's arrays."""
+    tier.load(SPEC.tag, [block(KEYS, 1.0)])
+    family = tier._tables[SPEC.tag].family
+    multi_get, n_done = family.multi_get, 0
+
+    def failing(keys: list[bytes]) -> list[bytes | None]:
+        nonlocal n_done
+        if keys[0] == bytes([128, *[0] * 7]):
+            raise InjectedError
+        for _ in range(20):
+            values = multi_get(keys)
+        n_done += 1
+        return values
+
+    family.multi_get = failing
+    with pytest.raises(InjectedError):
+        fetch(tier, SPEC, KEYS)
+    assert n_done == KEYS.size // 1024 - 1
+
+
 def test_close_lets_large_fetches_finish(tier: RocksDBTier) -> None:
     tier.load(SPEC.tag, [block(KEYS, 1.0)])
     path = tier._store.path
