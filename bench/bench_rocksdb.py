@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from bench.setups import (
     warm,
 )
 from bench.workloads import table_rows, uniform
+from hps_numba.tiers.model_files import open_model_directory, write_model_directory
 from hps_numba.tiers.rocksdb import RocksDBTier
 from hps_numba.types import RowBlock, TableSpec
 
@@ -35,8 +35,8 @@ TIER = "rocksdb"
 TIER_ONE_THREAD = "rocksdb, 1 thread"
 PER_KEY = "rocksdict, key by key"
 DB_BENCH = "db_bench, batches of 1000"
-BULK = "load"
-BULK_SORTED = "load, ascending keys"
+BULK = "model files, shuffled keys"
+BULK_ASCENDING = "model files, ascending keys"
 BATCHES = "WriteBatch of 1000"
 
 
@@ -126,19 +126,18 @@ def rocksdb_disk(run: Run) -> Iterator[Result]:
 
 
 def rocksdb_load(run: Run) -> Iterator[Result]:
-    """Compare the bulk load of a table with batches of 1000 rows."""
+    """Compare the bulk load of model files with batches of 1000 rows."""
     n = run.sizes.load_rows
     for dim in run.sizes.dims:
         table, keys = spec(dim), shuffled_keys(n)
-        block = RowBlock(keys, table_rows(keys, dim))
+        shuffled = RowBlock(keys, table_rows(keys, dim))
         order = np.argsort(keys)
-        ascending = RowBlock(keys[order], block.rows[order])
+        ascending = RowBlock(keys[order], shuffled.rows[order])
         with ExitStack() as stack:
-            path = run.scratch / f"load-{dim}"
             setups = {
-                BULK: _loading(stack, path, table, block),
-                BULK_SORTED: _loading(stack, path, table, ascending, ascending=True),
-                BATCHES: _writing(stack, run, table, block),
+                BULK: _loading(stack, run, table, shuffled),
+                BULK_ASCENDING: _loading(stack, run, table, ascending),
+                BATCHES: _writing(stack, run, table, shuffled),
             }
             yield from compare(
                 run,
@@ -146,8 +145,8 @@ def rocksdb_load(run: Run) -> Iterator[Result]:
                 [Variant(name, setup, n) for name, setup in setups.items()],
                 params={"dim": dim, "n_rows": n},
                 claims=[
-                    Claim(BULK, BATCHES, defaults.LOAD_AGAINST_WRITE_BATCH),
-                    Claim(BULK_SORTED, BATCHES),
+                    Claim(name, BATCHES, defaults.LOAD_AGAINST_WRITE_BATCH)
+                    for name in (BULK, BULK_ASCENDING)
                 ],
             )
 
@@ -234,17 +233,12 @@ def _running(program: DbBench, n_keys: int) -> Setup:
     return setup
 
 
-def _loading(
-    stack: ExitStack,
-    path: Path,
-    table: TableSpec,
-    block: RowBlock,
-    *,
-    ascending: bool = False,
-) -> Setup:
-    """Load into a table that is new in every call; checked once, here."""
-    tier = RocksDBTier(f"{path}-{'ascending' if ascending else 'shuffled'}")
-    stack.enter_context(closing(tier))
+def _loading(stack: ExitStack, run: Run, table: TableSpec, block: RowBlock) -> Setup:
+    """Load model files into a table that is new in every call; checked once, here."""
+    path = run.scratch / f"load-{table.dim}-{block.keys[0]}"
+    tier = stack.enter_context(closing(RocksDBTier(str(path / "rocksdb"))))
+    write_model_directory(path / "model", block.keys, block.rows)
+    files = open_model_directory(path / "model", table.dim)
 
     def setup() -> Call:
         tier.drop_table(table.tag)
@@ -252,10 +246,10 @@ def _loading(
         return load
 
     def load() -> None:
-        tier.load(table.tag, [block], ascending=ascending)
+        tier.load(table.tag, files.sorted_blocks(), ascending=True)
 
     setup()()
-    assert tier.size(table.tag) == len(block), "rows were lost"
+    warm(tier, table, len(block))
     return setup
 
 
@@ -269,12 +263,12 @@ def _writing(stack: ExitStack, run: Run, table: TableSpec, block: RowBlock) -> S
         number += 1
         opened.close()
         directory = path / str(number)
+        directory.mkdir(parents=True)
         plain = RocksdictTable(directory, cache_bytes=run.sizes.disk_cache_bytes)
         opened.callback(shutil.rmtree, directory)
         opened.callback(plain.close)
         return lambda: plain.write(block.keys, block.rows)
 
-    path.mkdir()
     return setup
 
 
