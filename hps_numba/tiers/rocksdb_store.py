@@ -103,9 +103,13 @@ class Family:
         self._map.ingest_external_file(list(files), options)
 
     def close(self) -> None:
-        """Let go of the database."""
-        del self.handle
+        """Write what is in memory to files and let go of the database."""
         self._map.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the database; a family that was dropped cannot be closed."""
+        del self.handle, self._map
 
     def _property(self, name: str) -> int:
         return int(self._map.property_int_value(name) or 0)
@@ -312,8 +316,10 @@ class RocksStore:
                 self._close_files()
 
     def _close_files(self) -> None:
-        for family in (*self._families.values(), *self._dropped):
-            family.close()  # each keeps the database open, wherever it is still named
+        for family in self._families.values():
+            family.close()
+        for family in self._dropped:  # somebody may still name it
+            family.forget()
         self._families.clear()
         self._db.close()
 
