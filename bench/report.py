@@ -17,11 +17,14 @@ import typer
 from bench.plots import plot_curves, plot_rates
 from bench.records import Param, Ratio, Result, read, shared_params
 
+app = typer.Typer(add_completion=False)
+
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CURVES = ("_batches",)  # ends of the names that are drawn over the batch size
 
 
+@app.command()
 def main(
     results: Annotated[Path, typer.Option(help="Directory of results.")] = ROOT
     / "bench"
@@ -202,4 +205,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
