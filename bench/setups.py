@@ -63,13 +63,13 @@ def fetching(tier: Tier, table: TableSpec, sampler: Sampler, batch: int) -> Setu
     def fetch(keys: Keys, out: Rows) -> None:
         tier.fetch(table.tag, keys, out, found)
 
-    def setup(timed: Setup) -> Call:
+    timed = reading(fetch, table, sampler, batch)
+
+    def setup() -> Call:
         found.fill(False)
         return timed()
 
-    timed = reading(fetch, table, sampler, batch)
-    found.fill(False)
-    return lambda: setup(timed)
+    return setup
 
 
 def reading(fetch: Fetch, table: TableSpec, sampler: Sampler, batch: int) -> Setup:
