@@ -20,7 +20,6 @@ from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_
 from hps_numba.tiers.base import Tier, TierStats
 from hps_numba.tiers.host_table import HostTable, Overflow
 from hps_numba.types import (
-    TAG_PREFIX,
     Keys,
     Mask,
     OverflowPolicy,
@@ -268,10 +267,7 @@ class HostTier(Tier):
     def tables(self, model: str) -> list[str]:
         """Return the model's table names."""
         self._check_open()
-        prefix = f"{TAG_PREFIX}.{model}."
-        return sorted(
-            t.spec.name for t in self._opened() if t.spec.tag.startswith(prefix)
-        )
+        return sorted(t.spec.name for t in self._opened() if t.spec.model == model)
 
     def size(self, tag: str) -> int:
         """Return the number of rows."""
