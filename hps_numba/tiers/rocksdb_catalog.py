@@ -75,14 +75,14 @@ class Catalog:
     def entries(self) -> dict[str, Entry]:
         """Return every table's entry by tag."""
         return {
-            tag.decode(): _parsed(self._store.path, tag.decode(), value)
+            tag.decode(): self._entry(tag.decode(), value)
             for tag, value in self._with_prefix(_TABLE)
         }
 
     def entry(self, tag: str) -> Entry | None:
         """Return a table's entry, or None."""
         value = self._meta.get(_TABLE + tag.encode())
-        return None if value is None else _parsed(self._store.path, tag, value)
+        return None if value is None else self._entry(tag, value)
 
     def create(self, spec: TableSpec) -> Entry:
         """Store and return the entry of a new table."""
@@ -96,12 +96,13 @@ class Catalog:
     def epoch(self, tag: str) -> int:
         """Return a table's update epoch."""
         value = self._meta.get(_EPOCH + tag.encode())
-        return int(value) if value is not None else 0
+        return 0 if value is None else self._number(tag, value)
 
     def offsets(self) -> dict[str, int]:
         """Return the stored position of every update source."""
         return {
-            source.decode(): int(value) for source, value in self._with_prefix(_OFFSET)
+            source.decode(): self._number("", value)
+            for source, value in self._with_prefix(_OFFSET)
         }
 
     def put_entry(self, batch: Batch, tag: str, entry: Entry) -> None:
@@ -156,14 +157,22 @@ class Catalog:
                 f"of hps_numba reads {_VERSION!r}: deploy to another path"
             )
 
+    def _entry(self, tag: str, value: bytes) -> Entry:
+        try:
+            return Entry(**json.loads(value))
+        except (TypeError, ValueError) as exc:
+            raise self._unreadable(tag, value) from exc
 
-def _parsed(path: str, tag: str, value: bytes) -> Entry:
-    try:
-        return Entry(**json.loads(value))
-    except (TypeError, ValueError) as exc:
-        raise TierCorruptionError(
-            f"{path}: the table's metadata cannot be read: {exc}; "
-            "restore the database, or remove it and deploy again",
+    def _number(self, tag: str, value: bytes) -> int:
+        try:
+            return int(value)
+        except ValueError as exc:
+            raise self._unreadable(tag, value) from exc
+
+    def _unreadable(self, tag: str, value: bytes) -> TierCorruptionError:
+        return TierCorruptionError(
+            f"{self._store.path}: metadata {value!r} cannot be read; restore the "
+            "database, or remove it and deploy again",
             tier=NAME,
             tag=tag,
-        ) from exc
+        )

@@ -79,12 +79,24 @@ class Family:
     def scan(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """Return up to ``limit`` pairs from ``start`` on, in key order."""
         items = self._map.items(from_key=start, read_opt=self._scan_options)
-        return list(islice(items, limit))
+        pairs = list(islice(items, limit))
+        if len(pairs) < limit:
+            self._check_end(pairs[-1][0] + b"\0" if pairs else start)
+        return pairs
 
     def scan_keys(self, start: bytes, limit: int) -> list[bytes]:
         """Return up to ``limit`` keys from ``start`` on, in order."""
-        keys = self._map.keys(from_key=start, read_opt=self._scan_options)
-        return list(islice(keys, limit))
+        items = self._map.keys(from_key=start, read_opt=self._scan_options)
+        keys = list(islice(items, limit))
+        if len(keys) < limit:
+            self._check_end(keys[-1] + b"\0" if keys else start)
+        return keys
+
+    def _check_end(self, start: bytes) -> None:
+        """Raise if rows from ``start`` on cannot be read: iteration stops silently."""
+        cursor = self._map.iter(self._scan_options)
+        cursor.seek(start)
+        cursor.status()
 
     def estimate_keys(self) -> int:
         """Return RocksDB's estimate of the number of keys."""
@@ -365,7 +377,9 @@ def map_exceptions(path: str, tag: str = "") -> Iterator[None]:
 def _tier_error(path: str, tag: str, status: str) -> HPSError:
     kind: type[TierError] = TierUnavailableError
     advice = "check the path and its permissions, then retry"
-    if status.startswith("Corruption"):
+    if status.startswith("Corruption") or (
+        "No such file" in status and "MANIFEST" in status
+    ):
         kind = TierCorruptionError
         advice = "the files are damaged: restore them, or remove them and deploy again"
     elif "lock hold" in status or "While lock file" in status:
