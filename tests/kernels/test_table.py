@@ -82,10 +82,10 @@ class Bare:
         order = np.arange(keys.size)
         return writing.remove_keys(self.descriptor, 0, p.state, p.free, keys, order)
 
-    def evict(self, n_victims: int, start: int = 0) -> int:
+    def evict(self, n_victims: int, seed: int = 0) -> int:
         p = self.partition
         return writing.evict_rows(
-            self.descriptor, 0, p.state, p.free, n_victims, self.policy, start
+            self.descriptor, 0, p.state, p.free, n_victims, self.policy, seed
         )
 
     def fetch(self, keys, descriptor=None):
@@ -367,15 +367,15 @@ def test_a_fetch_stays_inside_its_part_of_the_batch():
 
 
 @pytest.mark.parametrize("policy", [kernel.LEAST_USED, kernel.OLDEST])
-@pytest.mark.parametrize("start", [0, 17, FIRST_SLOTS - 1])
-def test_eviction_takes_the_smallest_scores_and_as_many_as_asked(policy, start):
+@pytest.mark.parametrize("seed", [0, 17, FIRST_SLOTS - 1])
+def test_eviction_takes_the_smallest_scores_and_as_many_as_asked(policy, seed):
     bare = Bare(policy=policy)
-    keys = np.random.default_rng(start).permutation(40)
+    keys = np.random.default_rng(seed).permutation(40)
     bare.upsert(keys, 1)
     for uses, key in enumerate(keys):
         for _ in range(uses if policy == kernel.LEAST_USED else 1):
             bare.fetch([key])
-    assert bare.evict(15, start) == 15
+    assert bare.evict(15, seed) == 15
     bare.check(dict.fromkeys(keys[15:].tolist(), 1))
 
 
