@@ -11,7 +11,7 @@ from numba import njit
 from hps_numba.kernels.host import table as kernel
 from hps_numba.kernels.host import table_write as writing
 from hps_numba.kernels.host.memory import load_acquire, store_release
-from tests.kernels.test_table import Bare, colliding_keys
+from tests.kernels.bare_table import Bare, colliding_keys
 
 ROUNDS = 2_000_000
 LEAST_HITS = 1_000  # of the reader, before the writer stops
