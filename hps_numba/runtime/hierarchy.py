@@ -107,7 +107,7 @@ class Hierarchy:
             asked = n_keys - chunk.resolved
             if asked == 0:
                 return
-            hits = tier.fetch(self.spec.tag, chunk.keys, chunk.out, chunk.found)
+            hits = self._ask(tier, chunk, chunk.out, asked)
             chunk.resolved += hits
             self.counters.add_use(tier.name, asked, hits)
 
@@ -171,7 +171,10 @@ class Hierarchy:
             self._in_flight.invalidate(None)
 
     def refresh(self, block_rows: int) -> int:
-        """Read every row that an upper tier holds again from the last tier."""
+        """Read every row that an upper tier holds again from the last tier.
+
+        What is gone there is evicted. Returns the number of rows that were read.
+        """
         last = self.tiers[-1]
         refreshed = 0
         for tier in self.tiers[:-1]:
@@ -183,6 +186,7 @@ class Hierarchy:
                 refreshed += tier.backfill(
                     self.spec.tag, block.keys[found], rows[found], epoch
                 )
+                tier.evict(self.spec.tag, block.keys[~found])
                 epoch = tier.epoch(self.spec.tag)
         return refreshed
 
@@ -209,10 +213,11 @@ class Hierarchy:
         flight = boarding.flight
         failed = True
         try:
-            self._fly(flight, chunk)
+            self._fly(flight)
             failed = False
         finally:
             in_flight.land(flight, failed=failed)
+        chunk.degraded |= flight.degraded
         if not boarding.waits:
             return flight.rows, flight.found
         rows = np.empty((keys.size, self.spec.dim), self.spec.numpy_dtype)
@@ -222,15 +227,17 @@ class Hierarchy:
             wait.flight.landed.wait()
             if wait.flight.failed:
                 own = Flight(0, keys[wait.mine], *self._blank(wait.mine.size))
-                self._fly(own, chunk)
+                self._fly(own)
                 rows[wait.mine], found[wait.mine] = own.rows, own.found
+                chunk.degraded |= own.degraded
             else:
                 rows[wait.mine] = wait.flight.rows[wait.theirs]
                 found[wait.mine] = wait.flight.found[wait.theirs]
+                chunk.degraded |= wait.flight.degraded
                 chunk.joined += wait.mine.size
         return rows, found
 
-    def _fly(self, flight: Flight, chunk: Chunk) -> None:
+    def _fly(self, flight: Flight) -> None:
         """Fetch the keys of a flight from tier to tier and backfill what was found."""
         tag = self.spec.tag
         # Read before the rows are: see "No resurrection" in tiers.base.
@@ -241,7 +248,7 @@ class Hierarchy:
             if asked == 0:
                 return
             before = flight.found.copy()
-            hits = self._ask(tier, flight, chunk)
+            hits = self._ask(tier, flight, flight.rows, asked)
             n_found += hits
             self.counters.add_use(tier.name, asked, hits)
             if hits and self._backfills is not None:
@@ -252,15 +259,16 @@ class Hierarchy:
                 for upper, epoch in zip(self.tiers[:level], epochs, strict=False):
                     self._backfills.put(Backfill(upper, tag, keys, rows, epoch))
 
-    def _ask(self, tier: Tier, flight: Flight, chunk: Chunk) -> int:
+    def _ask(self, tier: Tier, part: Chunk | Flight, rows: Rows, asked: int) -> int:
+        """Fetch the ``asked`` keys that are not found yet; return how many it had."""
         try:
-            return tier.fetch(self.spec.tag, flight.keys, flight.rows, flight.found)
+            return tier.fetch(self.spec.tag, part.keys, rows, part.found)
         except TierError as exc:
             if self._on_failure is FailureMode.RAISE:
                 raise
-            chunk.degraded = True
+            part.degraded = True
             logger.warning("tier=%s degraded tag=%s: %s", tier.name, self.spec.tag, exc)
-            return 0
+            return int(np.count_nonzero(part.found)) - (part.keys.size - asked)
 
     def _write(self, keys: Keys, rows: Rows | None) -> None:
         step = self._write_rows

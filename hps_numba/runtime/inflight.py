@@ -33,6 +33,7 @@ class Flight:
     found: Mask
     landed: threading.Event = field(default_factory=threading.Event)
     failed: bool = False
+    degraded: bool = False  # a tier failed, and its rows may be missing
 
 
 @dataclass(frozen=True)

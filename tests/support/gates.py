@@ -8,6 +8,7 @@ lets it go.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -163,25 +164,28 @@ class StopPoints:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._armed: set[str] = set()  # this and all below: guarded by _changed
-        self._held: dict[str, int] = {}
-        self._passed: dict[str, int] = {}
+        self._held: dict[str, list[int]] = {}  # tickets, the oldest first
+        self._passed: Counter[str] = Counter()
+        self._let_go: set[int] = set()
 
     def __call__(self, label: str) -> None:
         """Stop here if the point is armed, until it is released."""
         with self._changed:
-            self._passed[label] = self._passed.get(label, 0) + 1
-            self._held[label] = self._held.get(label, 0) + 1
+            self._passed[label] += 1
+            ticket = self._passed.total()
+            held = self._held.setdefault(label, [])
+            held.append(ticket)
             self._changed.notify_all()
-            open_again = self._changed.wait_for(
-                lambda: label not in self._armed, _PATIENCE_S
+            released = self._changed.wait_for(
+                lambda: label not in self._armed or ticket in self._let_go, _PATIENCE_S
             )
-            self._held[label] -= 1
-        assert open_again, f"nobody released {label}"
+            held.remove(ticket)
+        assert released, f"nobody released {label}"
 
     def passed(self, label: str) -> int:
         """Return how often threads came to a point."""
         with self._changed:
-            return self._passed.get(label, 0)
+            return self._passed[label]
 
     def arm(self, label: str) -> None:
         """Stop threads that come to a point from now on."""
@@ -194,10 +198,16 @@ class StopPoints:
             self._armed.discard(label)
             self._changed.notify_all()
 
+    def release_first(self, label: str) -> None:
+        """Let the thread go on that has been at a point the longest."""
+        with self._changed:
+            self._let_go.add(self._held[label][0])
+            self._changed.notify_all()
+
     def wait_held(self, label: str, n_threads: int = 1) -> None:
         """Wait until threads stand at an armed point."""
         with self._changed:
             arrived = self._changed.wait_for(
-                lambda: self._held.get(label, 0) >= n_threads, _PATIENCE_S
+                lambda: len(self._held.get(label, ())) >= n_threads, _PATIENCE_S
             )
         assert arrived, f"nobody came to {label}"

@@ -140,29 +140,35 @@ class SteppedTier(WrappedTier):
 
 
 class FailingTier(WrappedTier):
-    """Raises where it is told to, and counts how often it did. Thread-safe."""
+    """Raises where it is told to. Thread-safe."""
 
     def __init__(self, tier: Tier) -> None:
         super().__init__(tier)
-        self._lock = threading.Lock()
-        self._failing: dict[str, int | None] = {}  # guarded by _lock
-        self.failures: Counter[str] = Counter()  # guarded by _lock
+        self._changed = threading.Condition()
+        self._failing: dict[str, float] = {}  # times left, guarded by _changed
+        self._failures: Counter[str] = Counter()  # guarded by _changed
 
     def fail(
-        self, operation: str, *, times: int | None = None, late: bool = False
+        self, operation: str, *, times: float = math.inf, late: bool = False
     ) -> None:
         """Fail an operation, a number of times or until ``heal``.
 
         ``late`` fails it after it was done, as a connection does that breaks before the
         answer arrives.
         """
-        with self._lock:
+        with self._changed:
             self._failing[f"{operation}.done" if late else operation] = times
 
     def heal(self) -> None:
         """Fail no more."""
-        with self._lock:
+        with self._changed:
             self._failing.clear()
+
+    def wait_failed(self, operation: str) -> None:
+        """Wait until an operation has failed."""
+        with self._changed:
+            failed = self._changed.wait_for(lambda: self._failures[operation], 30.0)
+        assert failed, f"{operation} did not fail"
 
     def before(self, operation: str) -> None:
         self._maybe_fail(operation)
@@ -171,15 +177,12 @@ class FailingTier(WrappedTier):
         self._maybe_fail(f"{operation}.done")
 
     def _maybe_fail(self, operation: str) -> None:
-        with self._lock:
-            if operation not in self._failing:
+        with self._changed:
+            if self._failing.get(operation, 0) <= 0:
                 return
-            left = self._failing[operation]
-            if left is not None:
-                if left == 0:
-                    return
-                self._failing[operation] = left - 1
-            self.failures[operation] += 1
+            self._failing[operation] -= 1
+            self._failures[operation] += 1
+            self._changed.notify_all()
         raise TierUnavailableError(f"{operation} was made to fail", tier=self.name)
 
 
