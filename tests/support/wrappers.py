@@ -107,6 +107,9 @@ class WrappedTier(Tier):
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
         return self.inner.fingerprint(tag)  # type: ignore[attr-defined]  # as above
 
+    def untouched(self, tag: str) -> bool:
+        return self.inner.untouched(tag)  # type: ignore[attr-defined]  # as above
+
     def _call(self, operation: str, *args: Any, **options: Any) -> Any:
         self.before(operation)
         result = getattr(self.inner, operation)(*args, **options)
