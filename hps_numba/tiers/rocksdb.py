@@ -250,7 +250,7 @@ class RocksDBTier(PersistentTier):
 
         Notes
         -----
-        Memory: 400 MB at most. Disk: the rows once more, twice if they are not
+        Memory: 300 MB at most. Disk: the rows once more, twice if they are not
         ascending and over 128 MB, until the old family is gone.
         """
         with self._writing(tag) as table:

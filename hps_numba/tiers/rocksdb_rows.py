@@ -17,7 +17,7 @@ from hps_numba.tiers.codec import decode_keys, decode_rows, encode_keys, encode_
 from hps_numba.tiers.rocksdb_store import NAME, Family
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
 
-PIECE_KEYS = 4096  # of a fetch, between two looks at the clock
+PIECE_KEYS = 4096  # that are objects at a time; a fetch then looks at the clock
 _KEYS_PER_THREAD = 1024
 
 
@@ -101,10 +101,8 @@ class CountedBlocks:
 
 
 def encoded(blocks: Iterable[RowBlock]) -> Iterator[tuple[list[bytes], list[bytes]]]:
-    """Yield the bytes of keys and rows, block by block."""
+    """Yield the bytes of keys and rows, some at a time."""
     for block in blocks:
-        if len(block):
-            yield (
-                encode_keys(np.ascontiguousarray(block.keys)),
-                encode_rows(np.ascontiguousarray(block.rows)),
-            )
+        for low in range(0, len(block), PIECE_KEYS):
+            piece = slice(low, low + PIECE_KEYS)
+            yield encode_keys(block.keys[piece]), encode_rows(block.rows[piece])

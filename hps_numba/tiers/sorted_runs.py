@@ -34,7 +34,7 @@ def sorted_unique(
 
     Notes
     -----
-    Memory: about three times ``run_bytes``.
+    Memory: about twice ``run_bytes``, and a block.
     """
     gathered: list[RowBlock] = []
     spilled: list[RowBlock] = []
@@ -47,8 +47,10 @@ def sorted_unique(
             gathered, size = [], 0
     if gathered:
         spilled.append(_sort(gathered))
+        del gathered
     if len(spilled) > 1:
-        yield from _merge(spilled, run_bytes)
+        # Half, since the last run and the caller's block are in memory as well.
+        yield from _merge(spilled, run_bytes // 2)
     else:
         yield from spilled
 
@@ -83,8 +85,14 @@ def _sort(blocks: list[RowBlock]) -> RowBlock:
     ordered = keys[order]
     last = np.ones(len(keys), np.bool_)
     last[:-1] = ordered[1:] != ordered[:-1]
-    rows = np.concatenate([block.rows for block in blocks])
-    return RowBlock(ordered[last], rows[order[last]])
+    chosen = order[last]
+    places = np.full(len(keys), -1)
+    places[chosen] = np.arange(len(chosen))
+    rows = np.empty((len(chosen), *blocks[0].rows.shape[1:]), blocks[0].rows.dtype)
+    for block in blocks:  # one by one: joined, they would be in memory twice
+        there, places = np.split(places, [len(block)])
+        rows[there[there >= 0]] = block.rows[there >= 0]
+    return RowBlock(ordered[last], rows)
 
 
 def _spill(run: RowBlock, path: Path) -> RowBlock:
