@@ -51,7 +51,7 @@ class BackfillQueue:
             deque()
         )  # this and all below: guarded by _changed
         self._bytes = 0
-        self._busy = False
+        self._storing: Backfill | None = None
         self._closed = False
         self._failure: BaseException | None = None
         self._stored = self._refused = self._dropped = 0
@@ -83,7 +83,24 @@ class BackfillQueue:
         """Wait until everything that was queued is stored, refused or failed."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._failure or not (self._queue or self._busy)
+                lambda: self._failure or not (self._queue or self._storing)
+            )
+
+    def forget(self, tag: str) -> None:
+        """Drop what waits for a table, and wait for what is being stored of it.
+
+        Afterwards the table may be dropped, and another one of its tag opened.
+        """
+        with self._changed:
+            kept = [item for item in self._queue if item.tag != tag]
+            waiting = sum(item.keys.size for item in self._queue)
+            self._dropped += waiting - sum(item.keys.size for item in kept)
+            self._queue = deque(kept)
+            self._bytes = sum(item.n_bytes for item in kept)
+            self._changed.wait_for(
+                lambda: (
+                    self._failure or self._storing is None or self._storing.tag != tag
+                )
             )
 
     def stats(self) -> BackfillStats:
@@ -113,14 +130,13 @@ class BackfillQueue:
 
     def _next(self) -> Backfill | None:
         with self._changed:
-            self._busy = False
+            self._storing = None
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
                 return None
-            item = self._queue.popleft()
+            item = self._storing = self._queue.popleft()
             self._bytes -= item.n_bytes
-            self._busy = True
             return item
 
     def _store(self, item: Backfill) -> None:

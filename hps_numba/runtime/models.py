@@ -95,7 +95,8 @@ class ModelSet:
             served = self[name]
             del self._served[name]
             served.gate.close(lambda: self._unknown(name, "was removed"))
-            self._release_locked(served, drop_tables=drop_tables)
+            keep = [] if drop_tables else [table.spec.name for table in served.tables]
+            self._release_locked(served.params, keep=keep)
 
     def reload(self, name: str, *, force: bool) -> bool:
         """Load what changed of a model's files; return whether anything did."""
@@ -111,24 +112,26 @@ class ModelSet:
     def _serve_locked(
         self, params: InferenceParams, shares: dict[str, int | None], force: bool
     ) -> None:
-        served = ServedModel(
-            params,
-            tuple(self._open_locked(s, shares[s.tag]) for s in params.tables()),
-            Gate(params.model_name, server_closed),
-        )
+        persistent = self._stores.persistent
+        stored = persistent.tables(params.model_name) if persistent else []
         try:
+            tables = tuple(
+                self._open_locked(spec, shares[spec.tag]) for spec in params.tables()
+            )
+            gate = Gate(params.model_name, server_closed)
+            served = ServedModel(params, tables, gate)
             self._load(served, force)
-            for table in served.tables:
+            for table in tables:
                 table.warm_up()
         except BaseException:
-            self._release_locked(served, drop_tables=False)
+            self._release_locked(params, keep=stored)
             raise
         self._served[params.model_name] = served
 
     def _open_locked(self, spec: TableSpec, max_bytes: int | None) -> Hierarchy:
+        self._grants[spec.tag] = max_bytes or 0
         for tier in self._stores.tiers:
             tier.open_table(spec, max_bytes=max_bytes)
-        self._grants[spec.tag] = max_bytes or 0
         config = self._config
         fills = config.volatile_db.cache_missed_embeddings
         return Hierarchy(
@@ -141,12 +144,14 @@ class ModelSet:
             ),
         )
 
-    def _release_locked(self, served: ServedModel, *, drop_tables: bool) -> None:
-        for table in served.tables:
-            self._grants.pop(table.spec.tag, None)
+    def _release_locked(self, params: InferenceParams, *, keep: list[str]) -> None:
+        """Free a model's host memory, and drop its stored tables but those to keep."""
+        for spec in params.tables():
+            self._grants.pop(spec.tag, None)
+            self._backfills.forget(spec.tag)
             for tier in self._stores.tiers:
-                if tier is self._stores.volatile or drop_tables:
-                    tier.drop_table(table.spec.tag)
+                if tier is self._stores.volatile or spec.name not in keep:
+                    tier.drop_table(spec.tag)
 
     def _load(self, served: ServedModel, force: bool) -> int:
         """Load tables and return how many were not stored already."""

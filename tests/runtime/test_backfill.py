@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,49 @@ def test_a_table_that_was_dropped_is_no_failure(host: HostTier) -> None:
     queue.put(waiting)
     queue.drain()
     assert queue.stats().stored_rows == 0
+    queue.close()
+
+
+def test_forgetting_a_table_drops_what_waits_for_it(
+    host: HostTier, gated: GatedTier, stops: StopPoints
+) -> None:
+    other = TableSpec("model", "other", 4)
+    host.open_table(other)
+    queue = BackfillQueue(10 * BYTES_PER_ROW)
+    stops.arm("host.backfill")
+    queue.put(replace(item(gated, 0, 1), tag=other.tag))
+    stops.wait_held("host.backfill")
+    queue.put(item(gated, 0, 4))
+    queue.put(replace(item(gated, 0, 5), tag=other.tag))
+    queue.forget(SPEC.tag)  # waits for no other table
+    assert queue.stats() == BackfillStats(5, 0, 0, 4)
+    assert queue.put(item(gated, 7, 5))  # there is room again
+    stops.release("host.backfill")
+    queue.drain()
+    assert rows_of(host, 20)[1] == list(range(7, 12))
+    assert host.size(other.tag) == 5
+    queue.close()
+
+
+def test_forgetting_a_table_waits_for_what_is_being_stored(
+    host: HostTier, gated: GatedTier, stops: StopPoints
+) -> None:
+    queue = BackfillQueue(1 << 20)
+    stops.arm("host.backfill")
+    queue.put(item(gated, 0, 3))
+    stops.wait_held("host.backfill")
+    sizes: list[int] = []
+
+    def forget() -> None:
+        queue.forget(SPEC.tag)
+        sizes.append(host.size(SPEC.tag))
+
+    forgetting = threading.Thread(target=forget)
+    forgetting.start()
+    assert sizes == []
+    stops.release("host.backfill")
+    forgetting.join()
+    assert sizes == [3]
     queue.close()
 
 
