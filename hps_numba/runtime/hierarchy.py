@@ -23,6 +23,7 @@ from hps_numba.runtime.backfill import Backfill, BackfillQueue
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
 from hps_numba.tiers.base import Tier
+from hps_numba.tiers.model_files import Fingerprint
 from hps_numba.types import FailureMode, Keys, Mask, Rows, TableSpec
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Hierarchy:
         self.spec = spec
         self.tiers = tuple(tiers)
         self.counters = TableCounters(tier.name for tier in tiers)
+        self.origin: Fingerprint | None = None  # files in memory, if no tier knows
         self._backfills = backfills
         self._on_failure = on_failure
         self._write_rows = write_rows

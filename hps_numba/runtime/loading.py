@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from hps_numba.config import InferenceParams
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.stores import Stores
-from hps_numba.tiers.base import PersistentTier
 from hps_numba.tiers.model_files import (
     Fingerprint,
     ModelDirectory,
@@ -69,48 +68,48 @@ def load_table(
     TierError
         If a tier cannot be written.
     """
-    tag = table.spec.tag
-    loading = source is not None and _is_new(
-        table, stores, source.directory, force=force, progress=progress
-    )
-    if source is not None and loading:
-        _check(table, source, progress)
+    tag, persistent = table.spec.tag, stores.persistent
+    same = loading = False
+    if source is not None:
+        same = not force and _is_stored(table, stores, source.directory, progress)
+        loading = not same and _may_load(tag, stores, source.directory, force=force)
+        if loading:
+            _check(table, source, progress)
     with table.replacing():
-        if source is not None and loading and stores.persistent is not None:
-            _load_persistent(table, stores.persistent, source.directory, progress)
+        if loading and source is not None:
+            _load_last(table, stores, source.directory, progress)
             table.forget_flights()
-        if stores.volatile is not None and stores.fill_volatile:
-            untouched = stores.persistent is not None and stores.persistent.untouched(
-                tag
-            )
-            current = source if loading or untouched else None
-            _load_volatile(table, stores, current, progress)
+        if stores.volatile is not None and persistent is not None:
+            if loading and not stores.fill_volatile:
+                stores.volatile.evict(tag)
+            elif loading or (stores.fill_volatile and not stores.volatile.size(tag)):
+                from_files = loading or (same and persistent.untouched(tag))
+                _fill_volatile(table, stores, source if from_files else None, progress)
             table.forget_flights()
     logger.info("table=%s %s", tag, "loaded" if loading else "resumed")
     return loading
 
 
-def _is_new(
+def _is_stored(
     table: Hierarchy,
     stores: Stores,
     files: ModelDirectory,
-    *,
-    force: bool,
     progress: LoadProgress | None,
 ) -> bool:
-    """Whether the files are to be loaded, by what is stored and configured."""
-    tag, persistent = table.spec.tag, stores.persistent
-    if persistent is None:
-        return stores.fill_volatile or force
-    stored = persistent.fingerprint(tag)
+    """Whether what is stored was loaded from these files; updates aside."""
+    origin = table.origin
+    if stores.persistent is not None:
+        stored = stores.persistent.fingerprint(table.spec.tag)
+        origin = None if stored is None else Fingerprint.from_json(stored)
     report = _reporter(progress, table, "compare", files.n_rows, announce=False)
-    if (
-        stored is not None
-        and not force
-        and matches(files, Fingerprint.from_json(stored), progress=report)
-    ):
-        return False
-    if persistent.read_only:
+    return origin is not None and matches(files, origin, progress=report)
+
+
+def _may_load(tag: str, stores: Stores, files: ModelDirectory, *, force: bool) -> bool:
+    """Whether other files may replace what is stored."""
+    if stores.persistent is None:
+        return stores.fill_volatile or force
+    if stores.persistent.read_only:
         logger.warning(
             "table=%s: the persistent database is read-only and holds other rows than "
             "%s; serving what is stored",
@@ -139,39 +138,48 @@ def _check(table: Hierarchy, source: Source, progress: LoadProgress | None) -> N
         )
 
 
-def _load_persistent(
+def _load_last(
     table: Hierarchy,
-    persistent: PersistentTier,
+    stores: Stores,
     files: ModelDirectory,
     progress: LoadProgress | None,
 ) -> None:
+    """Replace the rows of the last tier by those of the files."""
+    tag, dtype, persistent = table.spec.tag, table.spec.numpy_dtype, stores.persistent
+    last = table.tiers[-1]
+    origin = fingerprint(
+        files, progress=_reporter(progress, table, "digest", files.n_rows)
+    )
+    report = _reporter(progress, table, last.name, files.n_rows)
+    if persistent is None:
+        last.load(tag, files.blocks(dtype), progress=report)
+        table.origin = origin
+        return
     persistent.load(
-        table.spec.tag,
-        files.sorted_blocks(table.spec.numpy_dtype),
-        progress=_reporter(progress, table, persistent.name, files.n_rows),
+        tag,
+        files.sorted_blocks(dtype),
+        progress=report,
         ascending=True,
-        fingerprint=fingerprint(
-            files, progress=_reporter(progress, table, "digest", files.n_rows)
-        ).to_json(),
+        fingerprint=origin.to_json(),
     )
 
 
-def _load_volatile(
+def _fill_volatile(
     table: Hierarchy,
     stores: Stores,
     source: Source | None,
     progress: LoadProgress | None,
 ) -> None:
+    """Fill host memory from the files, or else from the persistent database."""
     volatile, persistent = stores.volatile, stores.persistent
     assert volatile is not None
+    assert persistent is not None
     tag = table.spec.tag
     if source is not None:
         blocks = source.directory.blocks(table.spec.numpy_dtype)
         n_rows = source.directory.n_rows
-    elif persistent is not None:
-        blocks, n_rows = persistent.iterate(tag), persistent.stats(tag).rows
     else:
-        return
+        blocks, n_rows = persistent.iterate(tag), persistent.stats(tag).rows
     reporter = _reporter(progress, table, volatile.name, n_rows)
     volatile.load(tag, blocks, progress=reporter)
 
