@@ -21,9 +21,9 @@ def as_keys(keys: ArrayLike, spec: TableSpec) -> Keys:
     TypeError
         If the keys are not integers.
     """
-    if isinstance(keys, np.ndarray) and keys.dtype == np.int64 and keys.flags.carray:
+    if type(keys) is np.ndarray and keys.dtype == np.int64 and keys.flags.carray:
         return keys
-    array = keys if isinstance(keys, np.ndarray) else np.asarray(keys)
+    array = np.asarray(keys)
     if array.size == 0 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
@@ -56,7 +56,7 @@ def as_rows(rows: ArrayLike, n_keys: int, spec: TableSpec) -> Rows:
     ValueError
         If the shape does not fit.
     """
-    array = rows if isinstance(rows, np.ndarray) else np.asarray(rows)
+    array = np.asarray(rows)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"table {spec.tag}: rows are numbers; got dtype {array.dtype}")
     if array.shape != (n_keys, spec.dim):
@@ -97,14 +97,19 @@ def as_output(
 
 
 def as_flags(found: Mask | None, shape: tuple[int, ...], spec: TableSpec) -> Mask:
-    """Return ``found``, cleared, if it can mark keys of a shape, or a new array."""
+    """Return ``found`` if it can mark keys of a shape, or a new array; not cleared.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``found`` has another dtype or shape, or cannot be written.
+    """
     if found is None:
-        return np.zeros(shape, np.bool_)
+        return np.empty(shape, np.bool_)
     if not isinstance(found, np.ndarray) or found.dtype != np.bool_:
         what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
         raise TypeError(f"table {spec.tag}: found is a NumPy array of bool; got {what}")
     _check_writable("found", found, shape, spec)
-    found.fill(False)
     return found
 
 

@@ -135,6 +135,7 @@ class LookupSession:
         with self._model.gate:
             if isinstance(tables, Mapping):
                 outs, flags = out or {}, found or {}
+                _check_names(tables, outs, flags)
                 requests = {
                     name: self._request(name, asked, outs.get(name), flags.get(name))
                     for name, asked in tables.items()
@@ -177,6 +178,8 @@ class LookupSession:
 
     def _run(self, requests: list[_Request]) -> None:
         begin_ns = perf_counter_ns()
+        for request in requests:
+            request.found.fill(False)
         try:
             self._pipeline.run([(r.table, c) for r in requests for c in r.chunks])
         except BaseException:
@@ -185,6 +188,16 @@ class LookupSession:
             raise
         for request in requests:
             _finish(request, begin_ns)
+
+
+def _check_names(asked: Mapping[str, Any], *given: Mapping[str, Any]) -> None:
+    for names in given:
+        for name in names:
+            if name not in asked:
+                raise ValueError(
+                    f"out and found name tables of this lookup; got {name!r}, "
+                    f"but keys of {', '.join(asked) or 'none'}"
+                )
 
 
 def _finish(request: _Request, begin_ns: int) -> None:
