@@ -250,7 +250,7 @@ class HostTable:
                 partition.free,
                 excess,
                 policy,
-                int(self._random.integers(partition.n_slots)),
+                int(self._random.integers(1 << 62)),
             )
 
     def _rebuild_index(self, p: int) -> None:

@@ -206,7 +206,7 @@ def clear_slots(desc, p, state):
 
 @njit(nogil=True, cache=True)
 def _threshold(desc, p, size, n_victims):
-    """Return the score of the last victim, and how many victims share it."""
+    """Return the score of the last victim, how many share it, and how many must go."""
     first = desc[p, D_INDEX] + HEADER_BYTES
     scores = np.empty(size, np.int64)
     n = 0
@@ -218,51 +218,59 @@ def _threshold(desc, p, size, n_victims):
     ranked = np.partition(scores[:n], n_victims - 1)
     last = ranked[n_victims - 1]
     ties = 0
-    for i in range(n_victims):
+    for i in range(n):
         if ranked[i] == last:
             ties += 1
-    return last, ties
+    wanted = 0
+    for i in range(n_victims):
+        if ranked[i] == last:
+            wanted += 1
+    return last, ties, wanted
 
 
 @njit(nogil=True, cache=True)
-def evict_rows(desc, p, state, free, n_victims, policy, start):
-    """Remove ``n_victims`` keys by policy, scanning slots from ``start``.
+def evict_rows(desc, p, state, free, n_victims, policy, seed):
+    """Remove ``n_victims`` keys by policy and return how many went.
 
-    RANDOM takes the keys that come first, which the hash has shuffled. LEAST_USED and
-    OLDEST take the smallest scores; LEAST_USED then halves the others, so that old fame
-    fades. Returns the number removed.
+    RANDOM draws them. LEAST_USED and OLDEST take the smallest scores and draw among
+    equal ones; LEAST_USED then halves the others, so that old fame fades. Drawn keys
+    lie all over the index (one pass, each candidate with the chance that is left): tombs
+    side by side would lengthen every probe that meets them.
     """
     index = desc[p, D_INDEX]
     mask = desc[p, D_MASK]
     n_victims = min(n_victims, state[S_SIZE])
     if n_victims <= 0:
         return 0
-    last, ties = np.int64(0), np.int64(0)
+    last, candidates, wanted = np.int64(0), state[S_SIZE], n_victims
     if policy != RANDOM:
-        last, ties = _threshold(desc, p, state[S_SIZE], n_victims)
+        last, candidates, wanted = _threshold(desc, p, state[S_SIZE], n_victims)
+    draw = np.uint64(seed) | np.uint64(1)
     removed = 0
-    for k in range(mask + 1):
-        slot = index + HEADER_BYTES + ((start + k) & mask) * SLOT_BYTES
+    for position in range(mask + 1):
+        slot = index + HEADER_BYTES + position * SLOT_BYTES
         meta = load_acquire(slot + 8)
         row = meta & LOW
         if row >= TOMBSTONE:
             continue
-        if policy == RANDOM:
-            if removed == n_victims:
-                break
-        else:
+        address, score = np.int64(0), last
+        if policy != RANDOM:
             address = locate(desc, p, D_SCORES, row, np.int64(8))
             score = load_acquire(address)
-            # Readers raise scores meanwhile: a row that rises above the bar is spared.
-            spared = score > last or (score == last and ties == 0)
-            if spared or removed == n_victims:
-                if policy == LEAST_USED:
-                    store_release(address, score >> 1)
-                continue
-            if score == last:
-                ties -= 1
-        _bury(index, mask, slot, meta, state, free)
-        removed += 1
+        # Readers raise scores meanwhile: a row that rises above the bar is spared.
+        chosen = score < last and removed < n_victims
+        if score == last and candidates > 0:
+            draw ^= draw << np.uint64(13)
+            draw ^= draw >> np.uint64(7)
+            draw ^= draw << np.uint64(17)
+            chosen = np.int64((draw >> np.uint64(11)) % np.uint64(candidates)) < wanted
+            candidates -= 1
+            wanted -= np.int64(chosen)
+        if chosen:
+            _bury(index, mask, slot, meta, state, free)
+            removed += 1
+        elif policy == LEAST_USED:
+            store_release(address, score >> 1)
     return removed
 
 
