@@ -234,8 +234,8 @@ def evict_rows(desc, p, state, free, n_victims, policy, seed):
 
     RANDOM draws them. LEAST_USED and OLDEST take the smallest scores and draw among
     equal ones; LEAST_USED then halves the others, so that old fame fades. Drawn keys
-    lie all over the index (one pass, each candidate with the chance that is left): tombs
-    side by side would lengthen every probe that meets them.
+    lie all over the index (one pass, each candidate with the chance that is left), as
+    tombstones side by side would lengthen every probe that meets them.
     """
     index = desc[p, D_INDEX]
     mask = desc[p, D_MASK]
