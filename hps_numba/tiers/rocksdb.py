@@ -26,12 +26,11 @@ from hps_numba.errors import UnknownTableError
 from hps_numba.tiers.arguments import check_keys, check_output, check_rows
 from hps_numba.tiers.base import PersistentTier, TierStats
 from hps_numba.tiers.rocksdb_catalog import Catalog
+from hps_numba.tiers.rocksdb_errors import NAME
 from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch
-from hps_numba.tiers.rocksdb_store import META_FAMILY, NAME, Batch, RocksStore
+from hps_numba.tiers.rocksdb_store import META_FAMILY, Batch, RocksStore
 from hps_numba.tiers.rocksdb_table import RocksTable
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
-
-_WRITE_ROWS = 4096
 
 
 class RocksDBTier(PersistentTier):
@@ -67,7 +66,7 @@ class RocksDBTier(PersistentTier):
     failure as soon as the operating system has written its page cache.
 
     ``insert`` and ``delete`` write batches in key order, of ``max_batch_size`` rows but
-    at most 4096, since rocksdict holds the interpreter lock while a batch is written.
+    at most 1024 and 256 KiB, since no other thread runs while rocksdict writes a batch.
     Each batch is atomic; a call with more rows is not.
     """
 
@@ -85,7 +84,7 @@ class RocksDBTier(PersistentTier):
         direct_reads: bool = False,
     ) -> None:
         self._threads = num_threads
-        self._write_rows = min(max_batch_size, _WRITE_ROWS)
+        self._write_rows = max_batch_size
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="hps-rocksdb")
         self._opening = threading.Lock()  # one table is opened or dropped at a time
         self._tables: dict[str, RocksTable] = {}  # written under _opening

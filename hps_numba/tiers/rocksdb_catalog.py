@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hps_numba.errors import ConfigError, TierCorruptionError
-from hps_numba.tiers.rocksdb_store import META_FAMILY, NAME, Batch, RocksStore
+from hps_numba.tiers.rocksdb_errors import NAME
+from hps_numba.tiers.rocksdb_store import META_FAMILY, Batch, RocksStore
 from hps_numba.types import TableSpec
 
 _FORMAT = b"format"
@@ -128,8 +129,8 @@ class Catalog:
         found: list[tuple[bytes, bytes]] = []
         start = prefix
         while True:
-            pairs = self._meta.scan(start, _SCAN_ROWS)
-            ours = [(k, v) for k, v in pairs if k.startswith(prefix)]
+            pairs = zip(*self._meta.scan(start, _SCAN_ROWS), strict=True)
+            ours = [(key, value) for key, value in pairs if key.startswith(prefix)]
             found += [(key[len(prefix) :], value) for key, value in ours]
             if len(ours) < _SCAN_ROWS:
                 return found

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from hps_numba.errors import TierCorruptionError
 from hps_numba.tiers.arguments import check_rows
 from hps_numba.tiers.codec import decode_keys, decode_rows, encode_keys, encode_rows
-from hps_numba.tiers.rocksdb_store import NAME, Family
+from hps_numba.tiers.rocksdb_errors import NAME
+from hps_numba.tiers.rocksdb_store import Family
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
 
 PIECE_KEYS = 4096  # that are objects at a time; a fetch then looks at the clock

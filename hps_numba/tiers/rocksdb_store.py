@@ -7,14 +7,13 @@ business of ``hps_numba.tiers.rocksdb``.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 from rocksdict import (
@@ -36,19 +35,18 @@ from hps_numba.errors import (
     ClosedError,
     HPSError,
     TierCorruptionError,
-    TierError,
     TierUnavailableError,
 )
+from hps_numba.tiers.rocksdb_errors import NAME, tier_error
+from hps_numba.tiers.rocksdb_files import remove_leftovers
 
-NAME = "rocksdb"
 META_FAMILY = "hps_meta"
-LOAD_DIRECTORY = "hps_load"
 
 _BLOOM_BITS = 10
 _BLOCK_BYTES = 16 << 10
 _MEMTABLE_BYTES = 64 << 20
-# rocksdict keeps the GIL while it fills a batch or a file: other threads get it back
-# after this many rows, which is below one millisecond.
+# rocksdict keeps the GIL while it fills a batch or a file, or reads on: other threads
+# get it back after this many rows, which is below one millisecond.
 _ROWS_PER_GIL = 1024
 
 
@@ -76,18 +74,23 @@ class Family:
         value: bytes | None = self._map.get(key)
         return value
 
-    def scan(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        """Return up to ``limit`` pairs from ``start`` on, in key order."""
+    def scan(self, start: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
+        """Return up to ``limit`` keys from ``start`` on, in order, and their values."""
         items = self._map.items(from_key=start, read_opt=self._scan_options)
-        pairs = list(islice(items, limit))
-        if len(pairs) < limit:
-            self._check_end(pairs[-1][0] + b"\0" if pairs else start)
-        return pairs
+        keys: list[bytes] = []
+        values: list[bytes] = []
+        for pairs in _pieces(items, limit):
+            some_keys, some_values = zip(*pairs, strict=True)
+            keys += some_keys
+            values += some_values
+        if len(keys) < limit:
+            self._check_end(keys[-1] + b"\0" if keys else start)
+        return keys, values
 
     def scan_keys(self, start: bytes, limit: int) -> list[bytes]:
         """Return up to ``limit`` keys from ``start`` on, in order."""
         items = self._map.keys(from_key=start, read_opt=self._scan_options)
-        keys = list(islice(items, limit))
+        keys: list[bytes] = [key for some in _pieces(items, limit) for key in some]
         if len(keys) < limit:
             self._check_end(keys[-1] + b"\0" if keys else start)
         return keys
@@ -301,14 +304,6 @@ class RocksStore:
             writer.finish()
         return files
 
-    @contextmanager
-    def load_directory(self) -> Iterator[Path]:
-        """Lend an empty directory on the file system of the database."""
-        parent = Path(self.path) / LOAD_DIRECTORY
-        parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as directory:
-            yield Path(directory)
-
     def close(self) -> None:
         """Refuse further use; the last user closes the files."""
         with self._lock:
@@ -341,7 +336,7 @@ class RocksStore:
         else:
             access = AccessType.read_write()
             os.makedirs(self.path, exist_ok=True)
-            shutil.rmtree(Path(self.path) / LOAD_DIRECTORY, ignore_errors=True)
+            remove_leftovers(self.path)
         families = dict.fromkeys(self._stored_families(), self._options)
         return Rdict(self.path, self._options, families, access)
 
@@ -371,24 +366,7 @@ def map_exceptions(path: str, tag: str = "") -> Iterator[None]:
         # rocksdict raises plain Exception with the text of RocksDB's status.
         if type(exc) is not Exception:
             raise
-        raise _tier_error(path, tag, str(exc)) from exc
-
-
-def _tier_error(path: str, tag: str, status: str) -> HPSError:
-    kind: type[TierError] = TierUnavailableError
-    advice = "check the path and its permissions, then retry"
-    if status.startswith("Corruption") or (
-        "No such file" in status and "MANIFEST" in status
-    ):
-        kind = TierCorruptionError
-        advice = "the files are damaged: restore them, or remove them and deploy again"
-    elif "lock hold" in status or "While lock file" in status:
-        advice = "it is open elsewhere: close that one, or open this one read-only"
-    elif "read only mode" in status:
-        advice = "it was opened read-only: open it for writing"
-    elif "No space left" in status:
-        advice = "free disk space, then retry"
-    return kind(f"{path}: {status}; {advice}", tier=NAME, tag=tag)
+        raise tier_error(path, tag, str(exc)) from exc
 
 
 def _options(cache_bytes: int, *, direct_reads: bool) -> Options:
@@ -404,6 +382,15 @@ def _options(cache_bytes: int, *, direct_reads: bool) -> Options:
     options.set_use_direct_reads(direct_reads)
     options.set_keep_log_file_num(4)
     return options
+
+
+def _pieces(items: Iterator[Any], limit: int) -> Iterator[list[Any]]:
+    """Yield the first ``limit`` items in lists."""
+    for start in range(0, limit, _ROWS_PER_GIL):
+        piece = list(islice(items, min(_ROWS_PER_GIL, limit - start)))
+        if not piece:
+            return
+        yield piece
 
 
 def _call_all(method: object, *columns: Sequence[bytes]) -> None:

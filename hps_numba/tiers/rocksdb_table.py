@@ -17,6 +17,7 @@ import numpy as np
 
 from hps_numba.tiers.codec import KEY_BYTES, decode_keys, encode_keys, encode_rows
 from hps_numba.tiers.rocksdb_catalog import Catalog, Entry
+from hps_numba.tiers.rocksdb_files import load_directory
 from hps_numba.tiers.rocksdb_rows import encoded, rows_of
 from hps_numba.tiers.rocksdb_store import Batch, Family, RocksStore
 from hps_numba.tiers.sorted_runs import check_ascending, sorted_unique
@@ -24,6 +25,9 @@ from hps_numba.tiers.stamps import UpdateStamps
 from hps_numba.types import Keys, Mask, RowBlock, Rows, TableSpec
 
 _FILE_BYTES = 64 << 20
+# rocksdict holds the GIL while a batch is written: one to two milliseconds for these.
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 256 << 10
 _SCAN_ROWS = 8192
 _FIRST_KEY = bytes(KEY_BYTES)
 
@@ -38,7 +42,7 @@ class RocksTable:
     spec, entry
         The table, and what the metadata says about it.
     write_rows
-        Most rows of an atomic batch.
+        Most rows of an atomic batch, if batches may be so large.
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class RocksTable:
     ) -> None:
         self._store = store
         self._catalog = catalog
-        self._write_rows = write_rows
+        row_bytes = KEY_BYTES + spec.row_bytes
+        self._write_rows = min(write_rows, _BATCH_ROWS, -(-_BATCH_BYTES // row_bytes))
         self.spec = spec
         self.writing = threading.Lock()
         self.lock = threading.Lock()
@@ -147,7 +152,7 @@ class RocksTable:
         fingerprint: Mapping[str, Any] | None,
     ) -> None:
         """Make these rows the table, by way of sorted files."""
-        with self._store.load_directory() as directory:
+        with load_directory(self._store.path) as directory:
             ordered = (
                 check_ascending(blocks)
                 if ascending
@@ -219,12 +224,13 @@ class RocksTable:
         while True:
             with self._store.using(spec.tag):
                 family = self.family
-                pairs = family.scan(start, block_rows) if family else []
-                if not pairs:
+                if family is None:
                     return
-                keys, rows = zip(*pairs, strict=True)
-                block = RowBlock(decode_keys(keys), rows_of(spec, keys, rows))
+                keys, values = family.scan(start, block_rows)
+                if not keys:
+                    return
+                block = RowBlock(decode_keys(keys), rows_of(spec, keys, values))
             yield block
-            if len(pairs) < block_rows:
+            if len(keys) < block_rows:
                 return
             start = keys[-1] + b"\0"

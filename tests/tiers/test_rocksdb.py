@@ -344,10 +344,24 @@ def test_what_a_killed_load_left_is_removed_at_the_start(tier: RocksDBTier) -> N
 # Batches and pieces
 
 
-def test_batches_are_not_larger_than_asked_for(
-    path: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("dim", "max_batch_size", "largest"),
+    [(4, 64, 64), (4, 65_536, 1024), (128, 65_536, 505), (1 << 17, 65_536, 1)],
+)
+def test_batches_are_bounded_in_rows_and_bytes(
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dim: int,
+    max_batch_size: int,
+    largest: int,
 ) -> None:
-    tier = opened(path, max_batch_size=64)
+    """No other thread runs while one is written."""
+    tier = opened(path, max_batch_size=max_batch_size)
+    spec = TableSpec("model", "other", dim)
+    tier.open_table(spec)
+    n_rows = 3 * largest
+    keys, rows = KEYS[:n_rows], filled_rows(spec, n_rows, 1.0)
+    tier.insert(spec.tag, keys[:1], rows[:1])
     sizes: list[int] = []
     write = tier._store.write
 
@@ -356,9 +370,9 @@ def test_batches_are_not_larger_than_asked_for(
         write(batch, sync=sync)
 
     monkeypatch.setattr(tier._store, "write", counted)
-    tier.insert(SPEC.tag, KEYS[:1000], filled_rows(SPEC, 1000, 1.0))
-    assert len(sizes) == 16
-    assert max(sizes) <= 64 + 2  # the entry of the table and its epoch
+    tier.insert(spec.tag, keys, rows)
+    assert sizes == [largest + 1] * 3  # the epoch, too
+    assert_rows(tier, spec, keys, rows)
     tier.close()
 
 
