@@ -2,8 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+
+from hps_numba.runtime.hps import HPS
+from tests.runtime.deployments import ITEMS, USERS, model, server_config
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,10 @@ def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
             terminal.write_line(line)
 
     return write
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[HPS]:
+    config = server_config(tmp_path, [model(tmp_path, [ITEMS, USERS])])
+    with HPS(config) as made:
+        yield made

@@ -1,8 +1,8 @@
-"""Model directories of versioned rows, and configurations that serve them."""
+"""Model directories of versioned rows, and servers for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from hps_numba.config import (
     PersistentDatabaseParams,
     VolatileDatabaseParams,
 )
+from hps_numba.runtime.hps import HPS
+from hps_numba.tiers.base import Tier
 from hps_numba.tiers.model_files import write_model_directory
-from tests.oracle import versioned_rows
+from tests.oracle import versioned_rows, versions_in
+from tests.support.gates import StopPoints
+from tests.support.wrappers import GatedTier
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Table:
     @property
     def rows(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         return versioned_rows(self.keys, self.version, self.dim)
+
+
+ITEMS = Table("items", dim=4, n_rows=1000, version=1, default=-1.0)
+USERS = Table("users", dim=8, n_rows=500, version=2, default=0.5)
+NOBODY = np.iinfo(np.int64).max
 
 
 def write_table(path: Path, keys: ArrayLike, version: int = 1, *, dim: int = 4) -> None:
@@ -105,3 +114,26 @@ def server_config(
         ),
         **options,
     )
+
+
+class Wraps:
+    """Wraps the tiers of a server as they are opened, and keeps them by name."""
+
+    def __init__(self, wrap: Callable[[Tier], Tier]) -> None:
+        self._wrap = wrap
+        self.tiers: dict[str, Tier] = {}
+
+    def __call__(self, tier: Tier) -> Tier:
+        return self.tiers.setdefault(tier.name, self._wrap(tier))
+
+
+def gated(stops: StopPoints) -> Wraps:
+    return Wraps(lambda tier: GatedTier(tier, stops))
+
+
+def versions(server: HPS, keys: Any, table: int | str = 0, name: str = "wdl") -> Any:
+    """Return the version of each key, 0 where there is none."""
+    array = np.asarray(keys, np.int64)
+    found = np.zeros(array.shape, np.bool_)
+    rows = server.lookup(array, name, table, found=found)
+    return np.where(found, versions_in(array, rows), 0).tolist()
