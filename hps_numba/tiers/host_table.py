@@ -81,7 +81,7 @@ def bytes_for_rows(
     overflow: Overflow,
     capped: bool,
 ) -> int:
-    """Return the most bytes that a table of ``n_rows`` takes.
+    """Return the most bytes that a table of ``n_rows`` takes, growth included.
 
     A budget of as many bytes holds the rows, however the hash spreads them (within four
     standard deviations). Without a budget, segments double and so may be half empty.
@@ -90,13 +90,14 @@ def bytes_for_rows(
     rows_each = int(rows + 4 * math.sqrt(rows)) + 2
     if overflow.margin is not None:
         rows_each = min(rows_each, overflow.margin + 2)
+    per_row = spec.row_bytes + _row_overhead(overflow.policy)
     slots = slots_for(rows_each)
     if not capped:
-        segments = (rows_each >> kernel.SEGMENT_SHIFT).bit_length()
-        rows_each = ((2 << segments) - 1) << kernel.SEGMENT_SHIFT
+        n_segments = (-(-rows_each >> kernel.SEGMENT_SHIFT)).bit_length()
+        rows_each = ((1 << n_segments) - 1) << kernel.SEGMENT_SHIFT
         if overflow.margin is not None:
             rows_each = min(rows_each, overflow.margin + 1)
-    per_row = spec.row_bytes + _row_overhead(overflow.policy)
+        per_row += 2  # the free list is copied when it grows
     each = 2 * index_bytes(slots) + SEGMENT_OVERHEAD + rows_each * per_row
     return _FIXED_BYTES + n_partitions * each
 
