@@ -83,7 +83,7 @@ class Tier(ABC):
         """Copy the rows of known keys to ``out`` and mark them in ``found``.
 
         Entries of ``found`` that are already true are skipped. A missing key is not an
-        error: its row of ``out`` is left as it was. Keys may repeat here.
+        error: its row of ``out`` is unspecified then. Keys may repeat here.
 
         Parameters
         ----------
