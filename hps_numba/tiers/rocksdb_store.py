@@ -158,10 +158,9 @@ class Batch:
 
 
 class RocksStore:
-    """An open database.
+    """An open database, used inside ``using`` only.
 
-    Every use of the database or of a family happens inside ``using``; the last user
-    that leaves after ``close`` closes the files, so none meets a closed handle.
+    The last user who leaves after ``close`` closes the files.
 
     Parameters
     ----------
@@ -331,14 +330,15 @@ class RocksStore:
         self._db.close()
 
     def _open(self) -> Rdict:
-        if self.read_only:
-            access = AccessType.read_only(False)
-        else:
+        access = AccessType.read_only(False)
+        if not self.read_only:
             access = AccessType.read_write()
             os.makedirs(self.path, exist_ok=True)
-            remove_leftovers(self.path)
         families = dict.fromkeys(self._stored_families(), self._options)
-        return Rdict(self.path, self._options, families, access)
+        db = Rdict(self.path, self._options, families, access)
+        if not self.read_only:
+            remove_leftovers(self.path)  # now that nobody else can be loading
+        return db
 
     def _stored_families(self) -> list[str]:
         if not self.read_only and not (Path(self.path) / "CURRENT").exists():

@@ -233,6 +233,13 @@ def test_the_fingerprint_is_that_of_the_last_load(tier: RocksDBTier) -> None:
     assert again.fingerprint(SPEC.tag) is None
 
 
+def test_evicting_all_rows_forgets_their_fingerprint(tier: RocksDBTier) -> None:
+    """A restart would otherwise take the empty table for the files."""
+    tier.load(SPEC.tag, [block(KEYS, 1.0)], fingerprint={"a": 1})
+    assert tier.evict(SPEC.tag) == KEYS.size
+    assert tier.fingerprint(SPEC.tag) is None
+
+
 # Loads and generations
 
 

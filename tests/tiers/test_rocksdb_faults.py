@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,19 @@ def opened(path: Path, *, read_only: bool = False) -> RocksDBTier:
     tier = RocksDBTier(str(path), cache_bytes=1 << 20, read_only=read_only)
     tier.open_table(SPEC)
     return tier
+
+
+def test_an_open_that_is_refused_leaves_a_running_load_alone(path: Path) -> None:
+    def blocks() -> Iterator[RowBlock]:
+        yield RowBlock(KEYS, ROWS)
+        with pytest.raises(TierUnavailableError, match="open elsewhere"):
+            RocksDBTier(str(path))
+        yield RowBlock(KEYS + KEYS.size, ROWS)
+
+    tier = opened(path)
+    assert tier.load(SPEC.tag, blocks(), ascending=True) == 2 * KEYS.size
+    assert tier.size(SPEC.tag) == 2 * KEYS.size
+    tier.close()
 
 
 def raw(path: Path, *families: str) -> Rdict:
