@@ -78,6 +78,7 @@ class HPS:
         self._config = _one_config(ps_config, hps_json_config_file)
         self._gate = Gate("server", server_closed)
         _warn_of_gpu_caches(self._config)
+        estimate(self._config)  # refuses bad files before a store is opened
         self._stores = open_stores(self._config, wrap_tier)
         self._backfills = BackfillQueue(self._config.backfill_queue_bytes)
         self._workers = ThreadPoolExecutor(

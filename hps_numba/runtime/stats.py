@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hps_numba.errors import UnknownTableError
 from hps_numba.tiers.base import TierStats
 
-_SUB_BITS = 3  # eight buckets per power of two: a percentile is right within 12 %
+_SUB_BITS = 3  # eight buckets per power of two: a percentile is right within 13 %
 _BUCKETS = 64 << _SUB_BITS
 
 
