@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import numpy as np
@@ -213,19 +213,12 @@ class HostTier(Tier):
         """Return the table's update epoch."""
         return self._table(tag).stamps.epoch
 
-    @contextmanager
-    def hold(self, tag: str, keys: Keys | None = None) -> Iterator[None]:
+    def hold(self, tag: str, keys: Keys | None = None) -> AbstractContextManager[None]:
         """Refuse backfills of these keys while the context lasts."""
         table = self._table(tag)
         if keys is not None:
             check_keys(table.spec, keys)
-        with table.lock:
-            table.stamps.hold(keys)
-        try:
-            yield
-        finally:
-            with table.lock:
-                table.stamps.release()
+        return table.stamps.held(table.lock, keys)
 
     def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
         """Store rows that a lower tier gave, unless their keys changed since."""

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -279,20 +279,13 @@ class RocksDBTier(PersistentTier):
             # that begins now is refused: the lock would only add waiting.
             return self._table(tag).stamps.epoch
 
-    @contextmanager
-    def hold(self, tag: str, keys: Keys | None = None) -> Iterator[None]:
+    def hold(self, tag: str, keys: Keys | None = None) -> AbstractContextManager[None]:
         """Refuse backfills of these keys (of all, if None) while the context lasts."""
         with self._store.using(tag):
             table = self._table(tag)
         if keys is not None:
             check_keys(table.spec, keys)
-        with table.lock:
-            table.stamps.hold(keys)
-        try:
-            yield
-        finally:
-            with table.lock:
-                table.stamps.release()
+        return table.stamps.held(table.lock, keys)
 
     def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
         """Store rows that a lower tier gave, unless their keys changed since."""

@@ -9,6 +9,9 @@ only work lost. The memory is fixed, and evicting a row does not forget its stam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +25,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 class UpdateStamps:
     """The update epoch of one table, and a stamp per bucket of keys.
 
-    Not thread-safe: the owner calls every method under the lock of its table.
+    Not thread-safe: the owner calls every method but ``held`` under its table's lock.
     """
 
     nbytes = BUCKETS * 8
@@ -50,6 +53,19 @@ class UpdateStamps:
         """End every hold as a write would have."""
         self.epoch += 1
         self._stamps[self._stamps == HELD] = self.epoch
+
+    @contextmanager
+    def held(
+        self, lock: AbstractContextManager[object], keys: Keys | None
+    ) -> Iterator[None]:
+        """Hold keys (all, if None) for a context, taking the lock at both ends."""
+        with lock:
+            self.hold(keys)
+        try:
+            yield
+        finally:
+            with lock:
+                self.release()
 
     def admit(self, keys: Keys, epoch: int) -> Mask:
         """Return which keys were not written since ``epoch`` and are not held."""
