@@ -87,7 +87,21 @@ def load_table(
                 _fill_volatile(table, stores, source if from_files else None, progress)
             table.forget_flights()
     logger.info("table=%s %s", tag, "loaded" if loading else "resumed")
+    if source is not None and not loading:
+        _warn_if_empty(table, source.directory)
     return loading
+
+
+def _warn_if_empty(table: Hierarchy, files: ModelDirectory) -> None:
+    """Say that lookups will get default rows although there are files."""
+    tag = table.spec.tag
+    if files.n_rows and not any(tier.stats(tag).rows for tier in table.tiers):
+        logger.warning(
+            "table=%s serves default rows: nothing is stored, and by configuration "
+            "(initialize_after_startup, read_only) %s is not loaded",
+            tag,
+            files.path,
+        )
 
 
 def _is_stored(

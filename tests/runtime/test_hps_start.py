@@ -75,15 +75,21 @@ class TestStarting:
         with HPS(config, force_reload=True) as server:
             assert versions(server, [0, 1, 5000]) == [1, 1, 0]
 
-    def test_nothing_is_loaded_unless_configured(self, tmp_path: Path) -> None:
+    def test_nothing_is_loaded_unless_configured(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         off = {"initialize_after_startup": False}
         config = server_config(
             tmp_path, [model(tmp_path, [ITEMS])], volatile=off, persistent=off
         )
         with HPS(config) as server:
+            assert "serves default rows: nothing is stored" in caplog.text
             assert versions(server, [0, 1]) == [0, 0]
             server.update("wdl", 0, [1], versioned_rows([1], 2, 4))
             assert versions(server, [0, 1]) == [0, 2]
+        caplog.clear()
+        with HPS(config):
+            assert "serves default rows" not in caplog.text
 
     def test_host_memory_alone_can_be_left_empty(self, tmp_path: Path) -> None:
         config = server_config(
