@@ -7,7 +7,6 @@ from hps_numba.config.databases import (
     PersistentDatabaseParams,
     UpdateSourceParams,
     VolatileDatabaseParams,
-    topic_pattern,
 )
 from hps_numba.config.enums import (
     DatabaseOverflowPolicy_t,
@@ -21,6 +20,7 @@ from hps_numba.config.enums import (
     UpdateSourceType,
     UpdateSourceType_t,
 )
+from hps_numba.config.filters import topic_pattern
 from hps_numba.config.models import InferenceParams
 from hps_numba.config.server import ParameterServerConfig
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 from typing_extensions import Self
 
+from hps_numba.config.fields import mark
 from hps_numba.config.findings import Findings, Path
 from hps_numba.config.reading import clean
 from hps_numba.errors import ConfigError
@@ -91,8 +93,9 @@ class ConfigModel(BaseModel):
 
     @classmethod
     def argument_order(cls) -> tuple[str, ...]:
-        """Return the names of positional arguments."""
-        return tuple(cls.model_fields)
+        """Return the names of positional arguments: HugeCTR's, in its order."""
+        fields = cls.model_fields.items()
+        return tuple(name for name, field in fields if not mark(field, "x-own"))
 
     @classmethod
     def complete(cls, values: dict[str, Any], findings: Findings, path: Path) -> None:
@@ -101,6 +104,19 @@ class ConfigModel(BaseModel):
         An empty ``path`` with ``findings.from_json`` unset is a Python constructor;
         everything else is an object of ps.json.
         """
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Add the keys that are no fields: files that load fit the schema."""
+        reference = handler(schema)
+        properties = handler.resolve_ref_schema(reference)["properties"]
+        for key, reason in cls.obsolete.items():
+            text = f"Obsolete: {reason}."
+            properties[key] = {"deprecated": True, "description": text}
+        properties.update({key: {} for key in sorted(cls.ignored)})
+        return reference
 
     @classmethod
     def _arranged(cls, data: dict[str, Any], findings: Findings) -> dict[str, Any]:

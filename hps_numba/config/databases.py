@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path as FilePath
@@ -26,37 +25,27 @@ from hps_numba.config.enums import (
 from hps_numba.config.fields import (
     MAX_SIZE,
     Count,
-    Regex,
     Share,
     Size,
+    SmallCount,
     Text,
+    TopicFilter,
     computed,
     idle,
     own,
 )
 from hps_numba.config.findings import Findings, InconsistentError, Path, Problem
 from hps_numba.errors import ConfigError
-from hps_numba.types import TAG_PREFIX, OverflowPolicy
+from hps_numba.types import OverflowPolicy
 
+_MAX_PARTITIONS = 16  # unless configured
+_PASSWORDS = ("password", "password_env", "password_file")
 _DEFAULT_FILTERS = ("^hps_.+$",)
 _OLD_BATCH_KEYS = {
     "max_get_batch_size": "max_batch_size replaced it",
     "max_set_batch_size": "max_batch_size replaced it",
     "refresh_time_after_fetch": "evict_oldest always refreshes the time of use",
 }
-
-
-def topic_pattern(update_filter: str) -> re.Pattern[str]:
-    """Return the pattern of the topics that one of ``update_filters`` means.
-
-    A filter may describe a whole topic, ``hps_et.<model>.<table>``, as HugeCTR
-    documents it, or the model's name, as HugeCTR's code reads it.
-    """
-    prefix = re.escape(TAG_PREFIX)
-    return re.compile(
-        rf"(?=(?:{update_filter})\Z){prefix}\..+\Z"
-        rf"|{prefix}\.(?:{update_filter.removeprefix('^').removesuffix('$')})\..+\Z"
-    )
 
 
 def _cores() -> int:
@@ -66,7 +55,10 @@ def _cores() -> int:
 class VolatileDatabaseParams(ConfigModel):
     """``volatile_db``: rows in memory, of this process or of a Redis cluster."""
 
-    obsolete: ClassVar[Mapping[str, str]] = _OLD_BATCH_KEYS
+    obsolete: ClassVar[Mapping[str, str]] = {
+        **_OLD_BATCH_KEYS,
+        "algorithm": "there is one hash map",
+    }
 
     type: Annotated[DatabaseType, VOLATILE_TYPES] = Field(
         DatabaseType.PARALLEL_HASH_MAP,
@@ -86,9 +78,9 @@ class VolatileDatabaseParams(ConfigModel):
     password_file: Text | None = own(
         None, "File that holds the Redis password; a final line break is dropped."
     )
-    num_partitions: Count = computed(
-        lambda: min(16, _cores()),
-        "min(16, cores)",
+    num_partitions: SmallCount = computed(
+        lambda: min(_MAX_PARTITIONS, _cores()),
+        "min(16, cores); 16 for Redis",
         "Partitions per table. Part of Redis' and Kafka's layout: not to be changed "
         "once rows are stored there.",
     )
@@ -109,7 +101,7 @@ class VolatileDatabaseParams(ConfigModel):
     shared_memory_auto_remove: bool = Field(
         True, description="Remove a multi_process_hash_map with its last process."
     )
-    num_node_connections: Count = Field(
+    num_node_connections: SmallCount = Field(
         5, description="Connections per Redis node; at most num_partitions."
     )
     max_batch_size: Count = Field(
@@ -153,7 +145,7 @@ class VolatileDatabaseParams(ConfigModel):
         description="Backfill rows that only the persistent database had, in the "
         "background. Default rows are never stored.",
     )
-    update_filters: tuple[Regex, ...] = Field(
+    update_filters: tuple[TopicFilter, ...] = Field(
         _DEFAULT_FILTERS,
         description="Regular expressions of the topics whose updates are stored here: "
         "whole topics, hps_et.<model>.<table>, or names of models.",
@@ -162,25 +154,32 @@ class VolatileDatabaseParams(ConfigModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Check what concerns several keys."""
+        problems = []
         is_redis = self.type is DatabaseType.REDIS_CLUSTER
         if is_redis and self.num_partitions < self.num_node_connections:
-            raise InconsistentError(
-                [
-                    Problem(
-                        ("num_partitions",),
-                        f"{self.num_partitions} is less than num_node_connections "
-                        f"({self.num_node_connections}); Redis needs at least as many",
-                    )
-                ]
+            text = (
+                f"{self.num_partitions} is less than num_node_connections "
+                f"({self.num_node_connections}); Redis needs at least as many"
             )
+            problems.append(Problem(("num_partitions",), text))
+        sources = [name for name in _PASSWORDS if _is_set(getattr(self, name))]
+        if len(sources) > 1:
+            text = f"is given beside {sources[0]}; give one of them"
+            problems.append(Problem((sources[1],), text))
+        if problems:
+            raise InconsistentError(problems)
         return self
 
     @classmethod
     def complete(cls, values: dict[str, Any], findings: Findings, path: Path) -> None:
-        """Disable a block of ps.json without ``type``, as HugeCTR does."""
-        if (path or findings.from_json) and "type" not in values:
+        """Disable a block of ps.json without ``type``, as HugeCTR does.
+
+        The partitions of Redis must not depend on the machine: servers share them.
+        """
+        if _lacks_type("type", values, findings, path):
             values["type"] = DatabaseType.DISABLED
-            findings.note(path, "has no type, which disables the volatile database")
+        if VOLATILE_TYPES.find(values.get("type")) is DatabaseType.REDIS_CLUSTER:
+            values.setdefault("num_partitions", _MAX_PARTITIONS)
 
     def resolve_password(self) -> str:
         """Return the password from wherever it is configured to be.
@@ -200,12 +199,29 @@ class VolatileDatabaseParams(ConfigModel):
         if self.password_file is not None:
             try:
                 return FilePath(self.password_file).read_text().rstrip("\r\n")
-            except OSError as exc:
+            except (OSError, UnicodeDecodeError) as exc:
+                reason = getattr(exc, "strerror", "it is not text")
                 raise ConfigError(
                     f"volatile_db.password_file: {self.password_file} cannot be read: "
-                    f"{exc.strerror}"
-                ) from exc
+                    f"{reason}"
+                ) from None
         return self.password.get_secret_value()
+
+
+def _is_set(password: SecretStr | str | None) -> bool:
+    if isinstance(password, SecretStr):
+        password = password.get_secret_value()
+    return bool(password)
+
+
+def _lacks_type(
+    name: str, values: dict[str, Any], findings: Findings, path: Path
+) -> bool:
+    """Return, and note, whether this is a block of ps.json without ``type``."""
+    lacks = bool(path or findings.from_json) and name not in values
+    if lacks:
+        findings.note(path, "has no type, which disables it")
+    return lacks
 
 
 class PersistentDatabaseParams(ConfigModel):
@@ -221,7 +237,7 @@ class PersistentDatabaseParams(ConfigModel):
         "<temporary directory>/rocksdb",
         "Directory of the database; one process at a time may write it.",
     )
-    num_threads: Count = Field(
+    num_threads: SmallCount = Field(
         16, description="Threads that read a large batch together."
     )
     read_only: bool = Field(False, description="Refuse everything that writes.")
@@ -237,13 +253,22 @@ class PersistentDatabaseParams(ConfigModel):
         description="Load model directories that are not stored yet, or have changed, "
         "when a model is opened.",
     )
-    update_filters: tuple[Regex, ...] = Field(
+    update_filters: tuple[TopicFilter, ...] = Field(
         _DEFAULT_FILTERS, description="As for volatile_db."
     )
+
+    @classmethod
+    def complete(cls, values: dict[str, Any], findings: Findings, path: Path) -> None:
+        """Note that a block of ps.json without ``type`` stores nothing."""
+        _lacks_type("backend", values, findings, path)
 
 
 class UpdateSourceParams(ConfigModel):
     """``update_source``: the stream that brings new rows."""
+
+    obsolete: ClassVar[Mapping[str, str]] = {
+        "max_receive_buffer_size": "receive_buffer_size replaced it"
+    }
 
     type: Annotated[UpdateSourceType, UPDATE_SOURCE_TYPES] = Field(
         UpdateSourceType.NULL, description="Kind of stream."
@@ -269,3 +294,8 @@ class UpdateSourceParams(ConfigModel):
     max_commit_interval: Count = Field(
         32, description="Most messages between two commits."
     )
+
+    @classmethod
+    def complete(cls, values: dict[str, Any], findings: Findings, path: Path) -> None:
+        """Note that a block of ps.json without ``type`` brings nothing."""
+        _lacks_type("type", values, findings, path)

@@ -13,15 +13,16 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr
 from pydantic.fields import FieldInfo
 
 from hps_numba.config.enums import Spellings
+from hps_numba.config.filters import topic_pattern
 
 MAX_SIZE = 2**64 - 1
 NAME_PATTERN = r"^[a-zA-Z0-9_\-]{1,120}$"
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
-def _regular_expression(text: str) -> str:
+def _topic_filter(text: str) -> str:
     try:
-        re.compile(text)
+        topic_pattern(text)
     except re.error as exc:
         raise ValueError(f"is not a regular expression: {exc}") from None
     return text
@@ -29,11 +30,12 @@ def _regular_expression(text: str) -> str:
 
 Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+SmallCount = Annotated[int, Field(ge=1, le=65_536)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Text = Annotated[str, Field(min_length=1)]
-Regex = Annotated[str, AfterValidator(_regular_expression)]
+TopicFilter = Annotated[str, AfterValidator(_topic_filter)]
 RowValue = Annotated[float, Field(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
 
 
@@ -160,6 +162,6 @@ def _range(limits: tuple[Any, ...]) -> str:
 
 
 def _bound(value: float) -> str:
-    return (
-        "2^64-1" if value == MAX_SIZE else f"{value:g}" if value < 1e6 else f"{value}"
-    )
+    if value == MAX_SIZE:
+        return "2^64-1"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -120,8 +120,7 @@ def shown_value(value: object, kind: Kind | None = None) -> str:
 
 
 def _translated(error: Any, model: type[BaseModel]) -> Iterator[Problem]:
-    path: Path = tuple(error["loc"])
-    kind = _kind_at(model, path)
+    path, kind = _at(model, error["loc"])
     value = shown_value(error["input"], kind)
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, InconsistentError):
@@ -137,12 +136,22 @@ def _translated(error: Any, model: type[BaseModel]) -> Iterator[Problem]:
         yield Problem(path, error["msg"])
 
 
-def _kind_at(model: type[BaseModel], path: Path) -> Kind | None:
+def _at(model: type[BaseModel], place: Path) -> tuple[Path, Kind | None]:
+    """Return the path in field names, and the kind of what is there."""
+    path: Path = ()
     kind = None
-    for part in path:
+    for part in place:
         if isinstance(part, int):
             kind = kind.one() if kind else None
         else:
             owner = model if kind is None else kind.nested
+            part = _field_name(owner, part)
             kind = kinds(owner).get(part) if owner else None
-    return kind
+        path = (*path, part)
+    return path, kind
+
+
+def _field_name(model: type[BaseModel] | None, key: str) -> str:
+    """Return the field of a key; pydantic calls missing ones by their alias."""
+    fields = model.model_fields if model else {}
+    return next((name for name, f in fields.items() if f.alias == key), key)

@@ -24,6 +24,7 @@ from hps_numba.config.fields import (
     Seconds,
     Share,
     Size,
+    SmallCount,
     Text,
     idle,
     own,
@@ -31,6 +32,7 @@ from hps_numba.config.fields import (
 from hps_numba.config.findings import Findings, Path, Problem
 from hps_numba.types import RowDtype, TableSpec
 
+_SHARED_BLOCKS = ("volatile_db", "persistent_db", "update_source")
 _DENSE = "it concerns HugeCTR's dense network"
 _LISTS = {
     # Per-table lists, with HugeCTR's default of one entry.
@@ -42,12 +44,9 @@ _LISTS = {
 class InferenceParams(ConfigModel):
     """A model and its tables; lists have one entry per table."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        {"volatile_db", "persistent_db", "update_source"}
+    obsolete: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        _SHARED_BLOCKS, "the server has one for all models"
     )
-    obsolete: ClassVar[Mapping[str, str]] = {
-        "num_of_refresher_buffer_in_pool_per_table": "it never had an effect",
-    }
 
     model_name: Name = Field(alias="model", description="Name of the model.")
     max_batchsize: Count = Field(
@@ -82,7 +81,7 @@ class InferenceParams(ConfigModel):
     scaler: float = idle(1.0, _DENSE)
     use_algorithm_search: bool = idle(True, _DENSE)
     use_cuda_graph: bool = idle(True, _DENSE)
-    number_of_worker_buffers_in_pool: Count = Field(
+    number_of_worker_buffers_in_pool: SmallCount = Field(
         1,
         alias="num_of_worker_buffer_in_pool",
         description="Buffers per GPU cache for lookups and insertions.",
@@ -92,7 +91,7 @@ class InferenceParams(ConfigModel):
         alias="num_of_refresher_buffer_in_pool",
         description="Buffers per GPU cache for refreshing.",
     )
-    thread_pool_size: Count = Field(
+    thread_pool_size: SmallCount = Field(
         16, description="Threads of the remote stage of lookups, for all models."
     )
     cache_refresh_percentage_per_iteration: Share = Field(
@@ -116,7 +115,7 @@ class InferenceParams(ConfigModel):
     maxnum_catfeature_query_per_table_per_sample: tuple[Count, ...] = Field(
         (), description="Most keys per sample, per table."
     )
-    embedding_vecsize_per_table: tuple[Count, ...] = Field(
+    embedding_vecsize_per_table: tuple[SmallCount, ...] = Field(
         (), description="Dim of the rows, per table."
     )
     embedding_table_names: tuple[Name, ...] = Field(
@@ -161,8 +160,17 @@ class InferenceParams(ConfigModel):
     )
 
     @classmethod
+    def argument_order(cls) -> tuple[str, ...]:
+        """Return HugeCTR's order of positional arguments."""
+        names = super().argument_order()
+        end = names.index("default_value_for_each_table") + 1
+        return (*names[:end], *_SHARED_BLOCKS, *names[end:])
+
+    @classmethod
     def complete(cls, values: dict[str, Any], findings: Findings, path: Path) -> None:
         """Fill per-table lists to the number of tables where HugeCTR does."""
+        if values.get("use_static_table") is True:
+            values["embedding_cache_type"] = EmbeddingCacheType.STATIC
         n_tables = _count(values)
         if n_tables is None:
             return

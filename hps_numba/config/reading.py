@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hps_numba.config.base import ConfigModel
 
 QUOTED = "is written as text; write it without quotes"
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 _BOOLEANS = {"true": True, "false": False}
 _OLD_BLOCKS = {"cpu_memory_db": "volatile_db", "distributed_db": "volatile_db"}
 
@@ -65,6 +65,10 @@ def _parsed(text: str, findings: Findings) -> Any:
         ) from None
     except RecursionError:
         raise ConfigError(f"{findings.source}: nested too deeply") from None
+    except ConfigError:
+        raise
+    except ValueError as exc:  # an integer of thousands of digits
+        raise ConfigError(f"{findings.source}: {exc}") from None
 
 
 def clean(

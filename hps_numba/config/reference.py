@@ -60,8 +60,10 @@ def _table(model: type[BaseModel]) -> str:
             key += f" (Python: `{name}`)"
         if mark(field, "x-own"):
             key += " **new**"
-        meaning = (field.description or "").replace("|", "\\|")
+        meaning = (field.description or "").replace("|", "\\|").replace("<", "&lt;")
         rows.append(f"| {key} | {_takes(kind)} | {_default(field)} | {meaning} |")
+    for key, reason in getattr(model, "obsolete", {}).items():
+        rows.append(f"| `{key}` | anything | | Obsolete, ignored: {reason}. |")
     return "\n".join(rows) + "\n"
 
 
@@ -70,14 +72,14 @@ def _takes(kind: Kind) -> str:
         if isinstance(limit, Spellings):
             names = ", ".join(f"`{member.value}`" for member in limit.by_member)
             return f"a list of {names}" if kind.many else names
-    return kind.expected().replace("|", "\\|").replace("; each entry is", " of")
+    return kind.expected().replace("|", "\\|").replace("; each entry is", ", each")
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     shown = mark(field, "x-default")
-    return str(shown) if shown else f"`{_plain(field.get_default())}`"
+    return f"`{shown or _plain(field.get_default())}`"
 
 
 def _plain(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -17,7 +17,7 @@ from hps_numba.config.databases import (
 )
 from hps_numba.config.enums import FAILURE_MODES
 from hps_numba.config.fields import Count, idle, own
-from hps_numba.config.findings import Findings, InconsistentError, Problem
+from hps_numba.config.findings import Findings, InconsistentError, Path, Problem
 from hps_numba.config.models import InferenceParams
 from hps_numba.config.reading import read_json
 from hps_numba.errors import ConfigError, UnknownTableError
@@ -41,7 +41,7 @@ class ParameterServerConfig(ConfigModel):
     models to lists, and ``inference_params_array``.
     """
 
-    obsolete: ClassVar[Mapping[str, str]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset({"$schema"})
 
     supportlonglong: bool = Field(
         True, description="Whether keys are 64 bits wide on the caller's side."
@@ -117,7 +117,11 @@ class ParameterServerConfig(ConfigModel):
             arranged["models"] = array
         changes: dict[str, dict[str, Any]] = {}
         for argument, field in _BY_MODEL.items():
-            for model, values in dict(arranged.pop(argument, None) or {}).items():
+            by_model = arranged.pop(argument, None) or {}
+            if not isinstance(by_model, Mapping):
+                findings.problem((argument,), "is not a mapping from model to list")
+                continue
+            for model, values in by_model.items():
                 changes.setdefault(model, {})[field] = values
         models = arranged.get("models")
         if changes and isinstance(models, (list, tuple)):
@@ -125,6 +129,22 @@ class ParameterServerConfig(ConfigModel):
             for model in changes:
                 findings.problem(("models",), f'has no model "{model}"')
         return arranged
+
+    @classmethod
+    def complete(cls, values: dict[str, Any], findings: Findings, path: Path) -> None:
+        """Give all models one width of keys, wherever it was stated."""
+        models = values.get("models")
+        if not isinstance(models, tuple):
+            return
+        widths = [_key_width(model) for model in models]
+        stated = [width for width in widths if width is not None]
+        whole = values.setdefault("supportlonglong", stated[0] if stated else True)
+        for i, width in enumerate(widths):
+            if width is not None and width != whole:
+                text = "differs from supportlonglong or another model; all share one"
+                findings.problem(("models", i, "i64_input_key"), text)
+        if isinstance(whole, bool):
+            values["models"] = tuple(_with_key_width(m, whole) for m in models)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -140,15 +160,44 @@ class ParameterServerConfig(ConfigModel):
             for i, model in enumerate(self.models)
             for problem in model.problems()
         ]
+        problems += self._over_budget()
         if not names:
             problems.append(Problem(("models",), "needs at least one model"))
         if problems:
             raise InconsistentError(problems)
         return self
 
+    def _over_budget(self) -> Iterator[Problem]:
+        budget = self.volatile_db.max_bytes
+        parts = sum(sum(m.host_bytes_per_table or ()) for m in self.models)
+        if budget is not None and parts > budget:
+            text = f"{budget} is less than all host_bytes_per_table together ({parts})"
+            yield Problem(("volatile_db", "max_bytes"), text)
+
 
 def _changed(model: Any, changes: dict[str, dict[str, Any]], findings: Findings) -> Any:
-    if not isinstance(model, InferenceParams):
-        return model
-    given = changes.pop(model.model_name, {})
-    return model.replace(**given) if given else model
+    if isinstance(model, InferenceParams):
+        given = changes.pop(model.model_name, {})
+        return model.replace(**given) if given else model
+    if isinstance(model, Mapping):
+        name = model.get("model_name", model.get("model"))
+        return {**model, **changes.pop(name, {})}
+    return model
+
+
+def _key_width(model: Any) -> bool | None:
+    """Return what a model says about its keys, None if nothing."""
+    if isinstance(model, InferenceParams):
+        stated = "i64_input_key" in model.model_fields_set
+        return model.i64_input_key if stated else None
+    width = model.get("i64_input_key") if isinstance(model, Mapping) else None
+    return width if isinstance(width, bool) else None
+
+
+def _with_key_width(model: Any, whole: bool) -> Any:
+    if isinstance(model, InferenceParams):
+        same = model.i64_input_key == whole
+        return model if same else model.replace(i64_input_key=whole)
+    if isinstance(model, dict):
+        model.setdefault("i64_input_key", whole)
+    return model

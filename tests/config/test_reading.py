@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 import hps_numba as hps
@@ -94,15 +97,50 @@ def test_obsolete_keys_get_one_line_each(caplog: pytest.LogCaptureFixture) -> No
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_files_of_hugectr_fit_the_schema(path: Path) -> None:
-    schema = json.loads(schema_text())
     content = json.loads(path.read_text())
-    for block in ("volatile_db", "persistent_db"):
-        for key in ("max_get_batch_size", "max_set_batch_size"):
-            content[block].pop(key, None)  # obsolete keys are not part of it
-    content["volatile_db"].pop("refresh_time_after_fetch", None)
-    for model in content["models"]:
+    for model in content["models"]:  # one of them has a quoted number
         model["hit_rate_threshold"] = float(model["hit_rate_threshold"])
-    jsonschema.validate(content, schema)
+    jsonschema.validate(content, json.loads(schema_text()))
+
+
+@pytest.mark.parametrize("block", [None, "volatile_db", "persistent_db"])
+def test_an_unknown_key_does_not_fit_the_schema(block: str | None) -> None:
+    content = json.loads((ROOT / "tests/data/ps/complete.json").read_text())
+    (content[block] if block else content)["surprise"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="surprise"):
+        jsonschema.validate(content, json.loads(schema_text()))
+
+
+def test_every_key_is_described() -> None:
+    schema = json.loads(schema_text())
+    objects = [schema, *(d for d in schema["$defs"].values() if "properties" in d)]
+    assert len(objects) == 5
+    for one in objects:
+        for key, described in one["properties"].items():
+            assert key == "$schema" or described["description"].strip(), key
+
+
+def test_the_module_prints_the_schema() -> None:
+    command = [sys.executable, "-m", "hps_numba.config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == schema_text()
+
+
+def test_a_configuration_needs_neither_compiler_nor_store() -> None:
+    code = (
+        "import sys, hps_numba.config; print({'numba', 'rocksdict'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_what_is_written_reads_back_as_it_was(path: Path, tmp_path: Path) -> None:
+    config = hps.ParameterServerConfig.from_json(path)
+    written = config.model_dump(mode="json", by_alias=True)
+    assert written["volatile_db"].pop("password") == ""
+    assert read(written, tmp_path) == config
 
 
 def test_the_schema_in_the_documentation_is_current() -> None:
@@ -186,6 +224,43 @@ def test_a_volatile_block_without_type_is_disabled_with_a_warning(
     assert hps.VolatileDatabaseParams().type is DatabaseType.PARALLEL_HASH_MAP
 
 
+@pytest.mark.parametrize("block", ["persistent_db", "update_source"])
+def test_any_block_without_type_is_warned_about(
+    block: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = "path" if block == "persistent_db" else "brokers"
+    config = read({block: {key: "there"}, **minimal()}, tmp_path)
+    assert config.persistent_db.backend is DatabaseType.DISABLED
+    assert config.update_source.type is UpdateSourceType.NULL
+    assert f"{block}: has no type, which disables it" in caplog.text
+
+
+def test_partitions_of_redis_do_not_depend_on_the_machine(tmp_path: Path) -> None:
+    config = read({"volatile_db": {"type": "redis"}, **minimal()}, tmp_path)
+    assert config.volatile_db.num_partitions == 16
+    assert hps.VolatileDatabaseParams(type="redis").num_partitions == 16
+
+
+def test_keys_of_older_releases_are_ignored_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    volatile = {"type": "hash_map", "algorithm": "phm"}
+    source = {"type": "null", "max_receive_buffer_size": 2000}
+    content = {"volatile_db": volatile, "update_source": source, **minimal()}
+    config = read({"$schema": "ps.schema.json", **content}, tmp_path)
+    assert config.update_source.receive_buffer_size == 262_144
+    assert "volatile_db.algorithm: obsolete" in caplog.text
+    assert "update_source.max_receive_buffer_size: obsolete" in caplog.text
+    assert len(caplog.messages) == 2
+
+
+def test_databases_of_a_single_model_are_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hps.InferenceParams("wdl", volatile_db=hps.VolatileDatabaseParams())
+    assert "volatile_db: obsolete, and ignored: the server has one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("spelling", "kind"),
     [
@@ -241,6 +316,111 @@ def test_python_and_json_give_equal_objects(tmp_path: Path) -> None:
     )
     assert from_python == from_json
     assert from_python.replace(on_tier_failure="degrade") != from_json
+
+
+def test_positional_arguments_come_in_the_order_of_hugectr() -> None:
+    volatile = hps.VolatileDatabaseParams(
+        hps.DatabaseType_t.redis_cluster, "h:1", "user", "secret", 15, 1 << 28, 1 << 30,
+        "name", False, 7, 1000, True, "ca", "cert", "key", "sni", 500,
+        hps.DatabaseOverflowPolicy_t.evict_oldest, 0.5, False, 1.0, True, ["wdl"],
+    )  # fmt: skip
+    assert volatile == hps.VolatileDatabaseParams(
+        type="redis_cluster",
+        address="h:1",
+        user_name="user",
+        password="secret",
+        num_partitions=15,
+        shared_memory_size=1 << 30,
+        shared_memory_name="name",
+        shared_memory_auto_remove=False,
+        num_node_connections=7,
+        max_batch_size=1000,
+        enable_tls=True,
+        tls_ca_certificate="ca",
+        tls_client_certificate="cert",
+        tls_client_key="key",
+        tls_server_name_identification="sni",
+        overflow_margin=500,
+        overflow_policy="evict_oldest",
+        overflow_resolution_target=0.5,
+        initialize_after_startup=False,
+        cache_missed_embeddings=True,
+        update_filters=["wdl"],
+    )
+    persistent = hps.PersistentDatabaseParams("rocks_db", "/db", 2, True, 10, False, [])
+    assert persistent == hps.PersistentDatabaseParams(
+        backend="rocks_db",
+        path="/db",
+        num_threads=2,
+        read_only=True,
+        max_batch_size=10,
+        initialize_after_startup=False,
+        update_filters=[],
+    )
+    order = hps.InferenceParams.argument_order()
+    assert order[:9] == (
+        "model_name",
+        "max_batchsize",
+        "hit_rate_threshold",
+        "dense_model_file",
+        "sparse_model_files",
+        "device_id",
+        "use_gpu_embedding_cache",
+        "cache_size_percentage",
+        "i64_input_key",
+    )
+    assert order[18:23] == (
+        "default_value_for_each_table",
+        "volatile_db",
+        "persistent_db",
+        "update_source",
+        "maxnum_des_feature_per_sample",
+    )
+
+
+def test_the_width_of_keys_is_one_for_all_models(tmp_path: Path) -> None:
+    from_json = read({"supportlonglong": False, **minimal()}, tmp_path)
+    (entry,) = minimal()["models"]
+    params = hps.InferenceParams(**entry, i64_input_key=False)
+    from_python = hps.ParameterServerConfig(inference_params_array=[params])
+    assert from_python == from_json
+    assert from_python.supportlonglong is False
+    assert from_json.models[0].i64_input_key is False
+    other = hps.InferenceParams(**{**entry, "model": "other"}, i64_input_key=True)
+    with pytest.raises(hps.ConfigError, match=r"models\[1\].i64_input_key: differs"):
+        hps.ParameterServerConfig(models=[params, other])
+
+
+def test_a_static_table_is_a_static_cache(tmp_path: Path) -> None:
+    config = read(minimal(use_static_table=True), tmp_path)
+    assert config.models[0].embedding_cache_type is EmbeddingCacheType.STATIC
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = hps.InferenceParams(
+        "wdl",
+        max_batchsize=np.int32(8),
+        cache_size_percentage=np.float32(0.5),
+        embedding_vecsize_per_table=[np.int64(16)],
+        sparse_model_files=[Path("a")],
+    )
+    assert (params.max_batchsize, params.cache_size_percentage) == (8, 0.5)
+    assert params.embedding_vecsize_per_table == (16,)
+    assert params.sparse_model_files == ("a",)
+
+
+def test_text_that_holds_numbers_and_booleans_is_read_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = minimal(
+        gpucache="false", max_batch_size="32", deployed_device_list=["0", "1"]
+    )
+    (model,) = read(content, tmp_path).models
+    assert model.use_gpu_embedding_cache is False
+    assert (model.max_batchsize, model.deployed_devices) == (32, (0, 1))
+    (message,) = caplog.messages
+    for key in ("gpucache", "max_batch_size", "deployed_device_list[1]"):
+        assert f"models[0].{key}" in message
 
 
 def test_one_default_value_serves_all_tables_in_python_only(tmp_path: Path) -> None:
@@ -300,6 +480,12 @@ def test_keys_without_effect_are_noted_once(
         ("^hps_et\\.wdl\\.wide$", "hps_et.wdl.deep", False),
         (".+", "__hps_beacon", False),
         ("^hps_.+$", "other_hps_et.wdl.deep", False),
+        ("^wdl$|^dlrm$", "hps_et.dlrm.deep", True),
+        ("^wdl$|^dlrm$", "hps_et.dlrm2.deep", False),
+        ("w[$^d]l", "hps_et.wdl.deep", True),
+        ("w[^d]l", "hps_et.wdl.deep", False),
+        ("hps_wdl", "hps_et.hps_wdl.deep", True),
+        ("deep", "hps_et.wdl.deep", False),
     ],
 )
 def test_filters_match_what_is_documented(
@@ -324,3 +510,15 @@ def test_passwords_come_from_elsewhere_and_are_never_shown(
     monkeypatch.delenv("REDIS_PASSWORD")
     with pytest.raises(hps.ConfigError, match="REDIS_PASSWORD is not set"):
         by_env.resolve_password()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_password_file_that_cannot_be_read_is_named(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "password"
+    if content is not None:
+        path.write_bytes(content)
+    config = hps.VolatileDatabaseParams(password_file=path)
+    with pytest.raises(hps.ConfigError, match=r"password_file: .* cannot be read"):
+        config.resolve_password()

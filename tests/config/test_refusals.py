@@ -106,6 +106,41 @@ def test_a_wrong_type_is_refused_with_its_path(
     assert f"{block}.{key}".lstrip(".") in str(caught.value)
 
 
+NESTED = [("", "volatile_db"), ("", "persistent_db"), ("", "update_source")]
+
+
+@pytest.mark.parametrize("value", [None, True, 3, "redis", [], [{}]], ids=repr)
+@pytest.mark.parametrize(("block", "key"), NESTED)
+def test_a_block_that_is_no_object_is_refused(
+    block: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    message = refused(content(block, key, value), tmp_path)
+    assert f"{key}: " in message
+    assert "is not an object" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({}, "models: an object is not a list"),
+        ("wdl", 'models: "wdl" is not a list'),
+        ([3], "models[0]: 3 is not an object"),
+        ([{}], "models[0].model: missing; needs a string that matches"),
+    ],
+)
+def test_models_that_are_no_list_of_objects_are_refused(
+    value: Any, text: str, tmp_path: Path
+) -> None:
+    assert text in refused({"models": value}, tmp_path)
+
+
+def test_an_entry_of_a_list_is_refused_with_its_position(tmp_path: Path) -> None:
+    config = content("models[0]", "deployed_device_list", [0, 1.5, "x"])
+    message = refused(config, tmp_path)
+    assert "models[0].deployed_device_list[1]: 1.5 is not an integer" in message
+    assert 'models[0].deployed_device_list[2]: "x" is not an integer' in message
+
+
 def refused(config: dict[str, Any], tmp_path: Path) -> str:
     path = tmp_path / "ps.json"
     path.write_text(json.dumps(config))
@@ -124,6 +159,10 @@ def refused(config: dict[str, Any], tmp_path: Path) -> str:
         ("models[0]", "embedding_vecsize_per_table", [0], "[0]: 0 is not an integer"),
         ("volatile_db", "type", "redi", 'did you mean "redis"?'),
         ("volatile_db", "overflow_resolution_target", 0, "above 0 and at most 1"),
+        ("volatile_db", "num_partitions", 10**9, "from 1 to 65536"),
+        ("volatile_db", "num_partitions", "9" * 5000, "from 1 to 65536"),
+        ("persistent_db", "num_threads", 10**9, "from 1 to 65536"),
+        ("volatile_db", "update_filters", ["(?i)wdl"], "global flags"),
         ("volatile_db", "update_filters", ["("], "is not a regular expression"),
         ("update_source", "receive_buffer_size", 100, "from 1024"),
         ("update_source", "metadata_refresh_interval_ms", 9, "from 10"),
@@ -189,6 +228,8 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         ('{"models": [], "models": []}', "is given twice"),
         ('{"models": [], "supportlonglong": NaN}', "NaN is not allowed"),
         ("{}", "models: missing"),
+        ('{"models": ' + "9" * 5000 + "}", "Exceeds the limit"),
+        ('{"models": ' + "[" * 100_000, "nested too deeply"),
         ('{"models": []}', "needs at least one model"),
     ],
 )
@@ -249,6 +290,57 @@ def test_redis_needs_as_many_partitions_as_connections(tmp_path: Path) -> None:
     config = content("", "supportlonglong", True)
     config["volatile_db"] = {"type": "redis", "num_partitions": 3}
     assert "volatile_db.num_partitions: 3 is less than" in refused(config, tmp_path)
+
+
+def test_parts_of_host_memory_fit_the_whole(tmp_path: Path) -> None:
+    config = content("models[0]", "host_bytes_per_table", [2000])
+    config["volatile_db"] = {"type": "hash_map", "max_bytes": 1999}
+    text = "volatile_db.max_bytes: 1999 is less than all host_bytes_per_table"
+    assert text in refused(config, tmp_path)
+    config["volatile_db"]["max_bytes"] = 2000
+    path = tmp_path / "ps.json"
+    path.write_text(json.dumps(config))
+    assert ParameterServerConfig.from_json(path).volatile_db.max_bytes == 2000
+
+
+def test_a_password_comes_from_one_place(tmp_path: Path) -> None:
+    config = content("", "supportlonglong", True)
+    config["volatile_db"] = {
+        "type": "redis",
+        "password": "hunter2",
+        "password_env": "REDIS_PASSWORD",
+    }
+    message = refused(config, tmp_path)
+    assert "volatile_db.password_env: is given beside password" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"embedding_vec_size": [16]}, "embedding_vec_size: is not a mapping"),
+        ({"embedding_vec_size": {"dlrm": [16]}}, 'models: has no model "dlrm"'),
+        ({"models": []}, "is also given as inference_params_array"),
+        ({"embedding_vec_size": {"wdl": [1, 2]}}, "has 2 entries for 1 tables"),
+    ],
+)
+def test_python_arguments_that_disagree_are_refused(
+    arguments: dict[str, Any], text: str
+) -> None:
+    params = InferenceParams("wdl", sparse_model_files=["a"])
+    with pytest.raises(hps.ConfigError) as caught:
+        ParameterServerConfig(inference_params_array=[params], **arguments)
+    assert text in str(caught.value)
+
+
+def test_a_missing_argument_has_its_name_in_python() -> None:
+    with pytest.raises(hps.ConfigError, match="InferenceParams: model_name: missing"):
+        InferenceParams()
+
+
+def test_a_key_in_two_spellings_is_refused() -> None:
+    with pytest.raises(hps.ConfigError, match='is also given as "model"'):
+        InferenceParams(model="a", model_name="b")
 
 
 def test_a_secret_is_not_in_the_message(tmp_path: Path) -> None:
