@@ -22,7 +22,7 @@ from hps_numba.types import Keys, RowBlock, Rows
 
 KEY_FILE = "key"
 ROW_FILE = "emb_vector"
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 16_384  # small enough to be encoded while still in the CPU's cache
 
 
 @dataclass(frozen=True, eq=False)
