@@ -82,6 +82,13 @@ class ModelSet:
                         f"model {params.model_name!r} is served already; use reload() "
                         f"for new files, or remove_model() first"
                     )
+                if params.i64_input_key != self._config.supportlonglong:
+                    raise ConfigError(
+                        f"model {params.model_name!r}: i64_input_key="
+                        f"{params.i64_input_key} differs from the server's "
+                        f"supportlonglong={self._config.supportlonglong}; all models "
+                        f"of a server share one width of keys"
+                    )
             budget = self._config.volatile_db.max_bytes
             if budget is not None:
                 budget -= sum(self._grants.values())

@@ -70,6 +70,14 @@ class TestModels:
             server.add_model(model(tmp_path, [ITEMS]))
         assert versions(server, [1]) == [1]
 
+    def test_a_model_with_keys_of_another_width_is_not_added(
+        self, server: HPS, tmp_path: Path
+    ) -> None:
+        params = model(tmp_path, [Table("t", n_rows=50)], name="extra")
+        with pytest.raises(ConfigError, match="'extra': i64_input_key=False differs"):
+            server.add_model(params.replace(i64_input_key=False))
+        assert server.models == ("wdl",)
+
     def test_a_model_that_cannot_be_opened_leaves_nothing_behind(
         self, tmp_path: Path
     ) -> None:
