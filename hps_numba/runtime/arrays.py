@@ -23,6 +23,8 @@ def as_keys(keys: ArrayLike, spec: TableSpec) -> Keys:
     """
     if type(keys) is np.ndarray and keys.dtype == np.int64 and keys.flags.carray:
         return keys
+    if np.ma.is_masked(keys):
+        raise TypeError(f"table {spec.tag}: masked keys are not supported")
     array = np.asarray(keys)
     if array.size == 0 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)
@@ -56,7 +58,10 @@ def as_rows(rows: ArrayLike, n_keys: int, spec: TableSpec) -> Rows:
     ValueError
         If the shape does not fit.
     """
-    array = np.asarray(rows)
+    try:
+        array = np.asarray(rows)
+    except ValueError as exc:
+        raise ValueError(f"table {spec.tag}: rows are no matrix: {exc}") from exc
     if array.dtype.kind not in "fiu":
         raise TypeError(f"table {spec.tag}: rows are numbers; got dtype {array.dtype}")
     if array.shape != (n_keys, spec.dim):

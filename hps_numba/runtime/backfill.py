@@ -11,12 +11,14 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-from hps_numba.errors import HPSError, UnknownTableError
+from hps_numba.errors import UnknownTableError
 from hps_numba.runtime.stats import BackfillStats
 from hps_numba.tiers.base import Tier
 from hps_numba.types import Keys, Rows
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 30.0  # for a tier that hangs when the queue is closed
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class BackfillQueue:
             self._dropped += sum(item.keys.size for item in self._queue)
             self._queue.clear()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
 
     def _run(self) -> None:
         try:
@@ -145,8 +147,8 @@ class BackfillQueue:
             stored = item.tier.backfill(item.tag, item.keys, item.rows, item.epoch)
         except UnknownTableError:
             pass  # The model was removed meanwhile.
-        except HPSError as exc:
-            logger.warning("backfill failed tag=%s error=%s", item.tag, exc)
+        except Exception as exc:  # optional work: no lookup is to fail for it
+            logger.warning("backfill failed tag=%s error=%r", item.tag, exc)
         with self._changed:
             self._stored += stored
             self._refused += item.keys.size - stored

@@ -211,10 +211,10 @@ class Hierarchy:
     def _fetch_unique(
         self, in_flight: InFlight, keys: Keys, chunk: Chunk
     ) -> tuple[Rows, Mask]:
-        boarding = in_flight.board(keys)
-        flight = boarding.flight
+        flight = in_flight.new_flight()
         failed = True
         try:
+            boarding = in_flight.board(keys, flight)
             self._fly(flight)
             failed = False
         finally:

@@ -286,7 +286,7 @@ class HPS:
         """End all work and close the tiers; the second call does nothing."""
         self._gate.close()
         self._models.close()
-        self._workers.shutdown()
+        self._workers.shutdown(wait=False, cancel_futures=True)
         self._backfills.close()
         for tier in self._stores.tiers:
             tier.close()

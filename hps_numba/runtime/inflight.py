@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,33 +70,46 @@ class InFlight:
         self._register = HostTier(num_partitions=1)  # guarded by _lock
         self._register.open_table(_REGISTER)
         self._flights: dict[int, Flight] = {}  # guarded by _lock
-        self._next_number = 1  # guarded by _lock
+        self._numbers = count(1)
 
-    def board(self, keys: Keys) -> Boarding:
+    def new_flight(self) -> Flight:
+        """Return a flight without keys, to be boarded and, in any case, landed."""
+        none = np.zeros(0, np.int64)
+        rows = np.empty((0, self._spec.dim), self._spec.numpy_dtype)
+        return Flight(next(self._numbers), none, rows, np.zeros(0, np.bool_))
+
+    def board(self, keys: Keys, flight: Flight | None = None) -> Boarding:
         """Register unique keys; those that are on their way become waits.
 
         The caller fetches the keys of its own flight and calls ``land``, whatever
         happens, before it waits for others: so nobody waits for a flight that waits.
         """
+        flight = flight or self.new_flight()
         with self._lock:
             entries, known = self._entries_locked(keys)
+            waits = []
+            for number in np.unique(entries[known, 0]).tolist():
+                mine, theirs = _members(entries, known, number)
+                other = self._flights.get(number)
+                if other is None or other.landed.is_set():
+                    known[mine] = False  # left by a caller that was interrupted
+                else:
+                    waits.append(Wait(other, mine, theirs))
             mine = np.flatnonzero(~known)
-            flight = self._new_flight_locked(keys[mine])
-            waits = tuple(
-                Wait(self._flights[number], *_members(entries, known, number))
-                for number in np.unique(entries[known, 0]).tolist()
-            )
-        return Boarding(flight, mine, waits)
+            self._take_off_locked(flight, keys[mine])
+        return Boarding(flight, mine, tuple(waits))
 
     def land(self, flight: Flight, *, failed: bool = False) -> None:
         """Let those who wait go on, and take the flight off the register."""
         flight.failed = failed
-        with self._lock:
-            entries, known = self._entries_locked(flight.keys)
-            still = known & (entries[:, 0] == flight.number)
-            self._register.evict(_REGISTER.tag, flight.keys[still])
-            del self._flights[flight.number]
-        flight.landed.set()
+        try:
+            with self._lock:
+                entries, known = self._entries_locked(flight.keys)
+                still = known & (entries[:, 0] == flight.number)
+                self._register.evict(_REGISTER.tag, flight.keys[still])
+                self._flights.pop(flight.number, None)
+        finally:
+            flight.landed.set()
 
     def invalidate(self, keys: Keys | None) -> None:
         """Let nobody else board the present flights of these keys (of all, if None)."""
@@ -103,17 +117,16 @@ class InFlight:
             if self._flights:
                 self._register.evict(_REGISTER.tag, keys)
 
-    def _new_flight_locked(self, keys: Keys) -> Flight:
+    def _take_off_locked(self, flight: Flight, keys: Keys) -> None:
         n = keys.size
-        rows = np.empty((n, self._spec.dim), self._spec.numpy_dtype)
-        flight = Flight(self._next_number, keys, rows, np.zeros(n, np.bool_))
-        self._next_number += 1
+        flight.rows = np.empty((n, self._spec.dim), self._spec.numpy_dtype)
+        flight.found = np.zeros(n, np.bool_)
+        flight.keys = keys
         self._flights[flight.number] = flight
         entries = np.empty((n, 2), np.int64)
         entries[:, 0] = flight.number
         entries[:, 1] = np.arange(n)
         self._register.insert(_REGISTER.tag, keys, entries.view(np.float32))
-        return flight
 
     def _entries_locked(self, keys: Keys) -> tuple[NDArray[np.int64], Mask]:
         entries = np.zeros((keys.size, 2), np.int64)

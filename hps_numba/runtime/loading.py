@@ -76,16 +76,24 @@ def load_table(
         if loading:
             _check(table, source, progress)
     with table.replacing():
-        if loading and source is not None:
-            _load_last(table, stores, source.directory, progress)
+        try:
+            if loading and source is not None:
+                _load_last(table, stores, source.directory, progress)
+                table.forget_flights()
+            if stores.volatile is not None and persistent is not None:
+                if loading and not stores.fill_volatile:
+                    stores.volatile.evict(tag)
+                elif loading or (
+                    stores.fill_volatile and not stores.volatile.size(tag)
+                ):
+                    current = loading or (same and persistent.untouched(tag))
+                    _fill_volatile(table, stores, source if current else None, progress)
+                table.forget_flights()
+        except BaseException:
+            if stores.volatile is not None and persistent is not None:
+                stores.volatile.evict(tag)  # the database may hold new rows already
             table.forget_flights()
-        if stores.volatile is not None and persistent is not None:
-            if loading and not stores.fill_volatile:
-                stores.volatile.evict(tag)
-            elif loading or (stores.fill_volatile and not stores.volatile.size(tag)):
-                from_files = loading or (same and persistent.untouched(tag))
-                _fill_volatile(table, stores, source if from_files else None, progress)
-            table.forget_flights()
+            raise
     logger.info("table=%s %s", tag, "loaded" if loading else "resumed")
     if source is not None and not loading:
         _warn_if_empty(table, source.directory)
@@ -166,6 +174,7 @@ def _load_last(
     )
     report = _reporter(progress, table, last.name, files.n_rows)
     if persistent is None:
+        table.origin = None  # until all rows are there
         last.load(tag, files.blocks(dtype), progress=report)
         table.origin = origin
         return

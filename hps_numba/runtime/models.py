@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from time import monotonic
 from typing import Literal
 
 from hps_numba.config import InferenceParams, ParameterServerConfig
 from hps_numba.errors import ClosedError, ConfigError, HPSError, UnknownTableError
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.estimate import host_shares
-from hps_numba.runtime.gate import Gate
+from hps_numba.runtime.gate import PATIENCE_S, Gate
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.loading import LoadProgress, Source, load_table
 from hps_numba.runtime.session import LookupSession, ServedModel
@@ -97,9 +98,15 @@ class ModelSet:
                 self._serve_locked(params, shares, force_reload)
 
     def remove(self, name: str, *, drop_tables: bool) -> None:
-        """Stop serving a model, once its lookups have ended."""
+        """Stop serving a model, once its lookups have ended (at most 30 s later)."""
         with self._changing:
             served = self[name]
+            persistent = self._stores.persistent
+            if drop_tables and persistent is not None and persistent.read_only:
+                raise ConfigError(
+                    f"model {name!r}: its tables cannot be dropped, since "
+                    f"persistent_db.read_only is true; remove it without drop_tables"
+                )
             del self._served[name]
             served.gate.close(lambda: self._unknown(name, "was removed"))
             keep = [] if drop_tables else [table.spec.name for table in served.tables]
@@ -113,8 +120,9 @@ class ModelSet:
 
     def close(self) -> None:
         """Let nobody in, and wait until everybody is out."""
+        deadline = monotonic() + PATIENCE_S
         for served in self.served:
-            served.gate.close()
+            served.gate.close(patience_s=max(deadline - monotonic(), 0.0))
 
     def _serve_locked(
         self, params: InferenceParams, shares: dict[str, int | None], force: bool
@@ -153,12 +161,15 @@ class ModelSet:
 
     def _release_locked(self, params: InferenceParams, *, keep: list[str]) -> None:
         """Free a model's host memory, and drop its stored tables but those to keep."""
+        volatile, persistent = self._stores.volatile, self._stores.persistent
         for spec in params.tables():
             self._grants.pop(spec.tag, None)
             self._backfills.forget(spec.tag)
-            for tier in self._stores.tiers:
-                if tier is self._stores.volatile or spec.name not in keep:
-                    tier.drop_table(spec.tag)
+            if volatile is not None:
+                volatile.drop_table(spec.tag)
+        for spec in params.tables():
+            if persistent is not None and spec.name not in keep:
+                persistent.drop_table(spec.tag)
 
     def _load(self, served: ServedModel, force: bool) -> int:
         """Load tables and return how many were not stored already."""

@@ -54,14 +54,14 @@ class Pipeline:
                     self._stage("remote", number, hierarchy.ask_remote, chunk)
                     continue
                 if len(flying) == BUFFERS:
-                    flying.popleft().result()
+                    _land(flying)
                 flying.append(
                     self._workers.submit(
                         self._stage, "remote", number, hierarchy.ask_remote, chunk
                     )
                 )
             while flying:
-                flying.popleft().result()
+                _land(flying)
         finally:
             wait(flying)
 
@@ -74,3 +74,9 @@ class Pipeline:
         begin_s = perf_counter()
         step(chunk)
         self._observer(name, number, begin_s, perf_counter())
+
+
+def _land(flying: deque[Future[None]]) -> None:
+    """Wait for the oldest future, which stays in the queue until it is done."""
+    flying[0].result()
+    flying.popleft()

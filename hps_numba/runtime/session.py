@@ -41,7 +41,7 @@ class ServedModel:
             for candidate in self.tables:
                 if candidate.spec.name == table:
                     return candidate
-        elif 0 <= table < len(self.tables):
+        elif isinstance(table, (int, np.integer)) and 0 <= table < len(self.tables):
             return self.tables[table]
         names = ", ".join(f"{i}: {t.spec.name}" for i, t in enumerate(self.tables))
         raise UnknownTableError(
@@ -134,7 +134,9 @@ class LookupSession:
         """
         with self._model.gate:
             if isinstance(tables, Mapping):
-                outs, flags = out or {}, found or {}
+                if keys is not None:
+                    raise TypeError("keys go into the mapping of tables, not beside it")
+                outs, flags = ({} if a is None else a for a in (out, found))
                 _check_names(tables, outs, flags)
                 requests = {
                     name: self._request(name, asked, outs.get(name), flags.get(name))
@@ -192,6 +194,11 @@ class LookupSession:
 
 def _check_names(asked: Mapping[str, Any], *given: Mapping[str, Any]) -> None:
     for names in given:
+        if not isinstance(names, Mapping):
+            raise TypeError(
+                f"out and found of several tables are mappings; got "
+                f"{type(names).__name__}"
+            )
         for name in names:
             if name not in asked:
                 raise ValueError(

@@ -189,9 +189,29 @@ def test_forgetting_a_table_waits_for_what_is_being_stored(
     queue.close()
 
 
+class KilledError(BaseException):
+    """Something that ends a thread."""
+
+
 class BrokenTier(HostTier):
+    failure: BaseException = KilledError("planted")
+
     def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
-        raise ZeroDivisionError("planted")
+        raise self.failure
+
+
+def test_a_tier_without_memory_costs_its_rows_only() -> None:
+    broken, host = BrokenTier(), HostTier()
+    broken.failure = MemoryError("planted")
+    for tier in (broken, host):
+        tier.open_table(SPEC)
+    queue = BackfillQueue(1 << 20)
+    queue.put(item(broken, 0, 2))
+    queue.put(item(host, 5, 3))
+    queue.drain()
+    assert host.size(SPEC.tag) == 3
+    assert (queue.stats().stored_rows, queue.stats().refused_rows) == (3, 2)
+    queue.close()
 
 
 def test_what_killed_the_thread_is_raised_by_the_next_call() -> None:
@@ -202,7 +222,7 @@ def test_what_killed_the_thread_is_raised_by_the_next_call() -> None:
     queue.drain()  # returns, although nothing will be stored any more
     with pytest.raises(RuntimeError, match="backfill thread died") as caught:
         queue.put(item(broken, 1, 1))
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert isinstance(caught.value.__cause__, KilledError)
     queue.close()
 
 

@@ -40,6 +40,31 @@ def assert_unchanged(server: HPS) -> None:
         assert server.lookup([table.n_rows], "wdl", table.name)[0, 0] == table.default
 
 
+class TestShapesOfCalls:
+    def test_keys_go_into_the_mapping(self, server: HPS) -> None:
+        with pytest.raises(TypeError, match="keys go into the mapping"):
+            server.session("wdl").lookup({"items": [1]}, [5])  # type: ignore[call-overload]
+
+    def test_out_of_several_tables_is_a_mapping(self, server: HPS) -> None:
+        out = np.empty((1, 4), np.float32)
+        with pytest.raises(TypeError, match="are mappings; got ndarray"):
+            server.session("wdl").lookup({"items": [1]}, out=out)  # type: ignore[call-overload]
+
+    @pytest.mark.parametrize("table", [None, 0.0, [0]])
+    def test_a_table_is_a_name_or_a_position(self, server: HPS, table: Any) -> None:
+        with pytest.raises(UnknownTableError, match="it has 0: items, 1: users"):
+            server.lookup([1], "wdl", table)
+
+    def test_masked_keys_are_refused(self, server: HPS) -> None:
+        keys = np.ma.masked_array([1, 2], mask=[False, True])
+        with pytest.raises(TypeError, match=f"{TAG}: masked keys"):
+            server.lookup(keys, "wdl")
+
+    def test_ragged_rows_are_refused(self, server: HPS) -> None:
+        with pytest.raises(ValueError, match=f"{TAG}: rows are no matrix"):
+            server.update("wdl", 0, [1, 2], [[1.0], [1.0, 2.0]])
+
+
 class TestNames:
     @pytest.mark.parametrize(
         "call",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -76,3 +77,21 @@ def test_a_caller_that_raises_leaves() -> None:
     with pytest.raises(ZeroDivisionError), gate:
         raise ZeroDivisionError
     gate.close()  # does not wait
+
+
+def test_a_forked_process_is_refused() -> None:
+    gate = make()
+    parent, child = os.pipe()
+    process = os.fork()
+    if process == 0:  # the child says what it saw and goes, without any clean-up
+        try:
+            with gate:
+                os.write(child, b"inside")
+        except ClosedError as exc:
+            os.write(child, str(exc).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
+    assert f"belongs to process {os.getpid()}" in os.read(parent, 1000).decode()
+    with gate:
+        pass

@@ -70,6 +70,18 @@ class TestModels:
             server.add_model(model(tmp_path, [ITEMS]))
         assert versions(server, [1]) == [1]
 
+    def test_a_read_only_database_keeps_the_model_whole(self, tmp_path: Path) -> None:
+        params = model(tmp_path, [ITEMS])
+        with HPS(server_config(tmp_path, [params])):
+            pass
+        config = server_config(tmp_path, [params], persistent={"read_only": True})
+        with HPS(config) as server:
+            with pytest.raises(ConfigError, match="read_only is true"):
+                server.remove_model("wdl", drop_tables=True)
+            assert versions(server, [1]) == [1]
+            server.remove_model("wdl")
+            assert server.models == ()
+
     def test_a_model_with_keys_of_another_width_is_not_added(
         self, server: HPS, tmp_path: Path
     ) -> None:

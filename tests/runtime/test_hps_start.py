@@ -75,6 +75,35 @@ class TestStarting:
         with HPS(config, force_reload=True) as server:
             assert versions(server, [0, 1, 5000]) == [1, 1, 0]
 
+    @pytest.mark.parametrize("persistent", [True, False])
+    def test_a_reload_that_fails_is_repaired_by_the_next(
+        self, tmp_path: Path, persistent: bool
+    ) -> None:
+        steps: list[str] = []
+
+        def progress(label: str, done: int, total: int) -> None:
+            steps.append(label)
+            if planted and label.endswith(" host") and done:
+                raise InterruptedError("planted")
+
+        planted = False
+        kind = {} if persistent else {"backend": "disabled"}
+        config = server_config(tmp_path, [model(tmp_path, [ITEMS])], persistent=kind)
+        with HPS(config, progress=progress) as server:
+            directory = Path(config.models[0].sparse_model_files[0])
+            write_table(directory, ITEMS.keys, version=2)
+            planted = True
+            with pytest.raises(InterruptedError):
+                server.reload("wdl")
+            planted = False
+            if persistent:
+                assert versions(server, ITEMS.keys) == [2] * ITEMS.n_rows
+            else:
+                write_table(directory, ITEMS.keys, version=1)
+            server.reload("wdl")
+            expected = 2 if persistent else 1
+            assert versions(server, ITEMS.keys) == [expected] * ITEMS.n_rows
+
     def test_nothing_is_loaded_unless_configured(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -133,3 +133,34 @@ def test_nothing_is_left_on_the_register(register: InFlight) -> None:
     for flight in flying:
         register.land(flight)
     assert left_in(register) == 0
+
+
+def test_an_interrupted_boarding_leaves_nothing_behind(
+    register: InFlight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flight = register.new_flight()
+    with monkeypatch.context() as patch:
+        patch.setattr(register._register, "insert", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            register.board(keys_of(1, 2), flight)
+    register.land(flight, failed=True)
+    assert left_in(register) == 0
+    assert register.board(keys_of(1, 2)).waits == ()
+
+
+def test_an_interrupted_landing_keeps_nobody_waiting(
+    register: InFlight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = register.board(keys_of(1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(register._register, "evict", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            register.land(first.flight, failed=True)
+    assert first.flight.landed.is_set()
+    second = register.board(keys_of(2, 3))
+    assert second.waits == ()
+    assert second.flight.keys.tolist() == [2, 3]
+
+
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt

@@ -7,7 +7,8 @@ written by HPS and by hps_numba agree on the partition of a key.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from hps_numba.kernels.host.compiling import njit
 
 _M1 = np.uint64(0xA24BAED4963EE407)
 _M2 = np.uint64(0x9FB21C651E98DF25)

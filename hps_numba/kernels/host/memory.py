@@ -6,8 +6,10 @@ Addresses are intp. The atomic operations are 64 bits wide and need 8-byte align
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from hps_numba.kernels.host.compiling import njit
 
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)

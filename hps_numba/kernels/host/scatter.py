@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from hps_numba.kernels.host.compiling import njit
 from hps_numba.kernels.host.memory import copy_row
 
 

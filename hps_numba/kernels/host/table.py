@@ -20,8 +20,8 @@ the index not retired, and tries again if not. Writers of a table exclude one an
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from hps_numba.kernels.host.compiling import njit
 from hps_numba.kernels.host.hashing import hash_key
 from hps_numba.kernels.host.memory import (
     copy_row,

@@ -6,8 +6,8 @@ The caller lets one writer at a time into a table. Readers may run beside all of
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from hps_numba.kernels.host.compiling import njit
 from hps_numba.kernels.host.hashing import hash_key
 from hps_numba.kernels.host.memory import (
     copy_row,
