@@ -136,9 +136,9 @@ class SteppedInFlight(InFlight):
         super().invalidate(None)
         self._flights.clear()
 
-    def board(self, keys: Keys) -> Boarding:
+    def board(self, keys: Keys, flight: Flight | None = None) -> Boarding:
         self._stage.point("register.board")
-        return super().board(keys)
+        return super().board(keys, flight)
 
     def land(self, flight: Flight, *, failed: bool = False) -> None:
         self._stage.point("register.land")
@@ -148,8 +148,8 @@ class SteppedInFlight(InFlight):
         self._stage.point("register.invalidate")
         super().invalidate(keys)
 
-    def _new_flight_locked(self, keys: Keys) -> Flight:
-        flight = super()._new_flight_locked(keys)
+    def new_flight(self) -> Flight:
+        flight = super().new_flight()
         flight.landed = SteppedEvent(self._stage.scheduler, "flight.wait")
         return flight
 
