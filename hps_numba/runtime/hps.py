@@ -45,7 +45,8 @@ class HPS:
         Load every model directory, even one whose rows are stored already. Undoes
         updates.
     progress
-        Called with what is being done, rows done and rows in all.
+        Called with what is being done, rows done and rows in all; calls no method of
+        the server.
     wrap_tier
         Called with each tier; returns the tier to use, such as a wrapper that logs,
         delays or fails.
