@@ -183,7 +183,11 @@ def compile_ptx(spec: KernelSpec, cc: ComputeCapability) -> str:
     entries = _ENTRY.findall(text)
     if len(entries) != 1:
         raise KernelCompileError(f"{_what(spec, cc)}: entries in its PTX: {entries}")
-    return _ENVIRONMENT.sub("", text.replace(entries[0], spec.name))
+    text = _ENVIRONMENT.sub("", text.replace(entries[0], spec.name))
+    if spec.max_registers is not None:
+        # The linker's own limit does not hold for a kernel with a bounded block.
+        text = text.replace(".maxntid", f".maxnreg {spec.max_registers}\n.maxntid", 1)
+    return text
 
 
 def compile_cubin(spec: KernelSpec, cc: ComputeCapability) -> Cubin:
@@ -209,7 +213,6 @@ def link(spec: KernelSpec, ptx: str, cc: ComputeCapability) -> Cubin:
     options = LinkerOptions(
         name=spec.name,
         arch=f"sm_{cc[0]}{cc[1]}",
-        max_register_count=spec.max_registers,
         ptxas_options=["-v"],
     )
     try:
