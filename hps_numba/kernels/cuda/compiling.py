@@ -18,8 +18,9 @@ from typing import Any
 
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
-from numba.core.errors import NumbaError, NumbaWarning
+from numba.core import errors as numba_errors
 from numba.cuda import dispatcher, types
+from numba.cuda.core import errors as cuda_errors
 
 ComputeCapability = tuple[int, int]
 
@@ -33,6 +34,15 @@ NUMBA_TYPES = {
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(")
 # Numba reserves a word a function for its CPU target; no kernel reads it.
 _ENVIRONMENT = re.compile(r"^\.common .*NumbaEnv.*\n", re.MULTILINE)
+# Numba-cuda has warnings of its own beside Numba's; its errors are Numba's.
+_WARNINGS = (numba_errors.NumbaWarning, cuda_errors.NumbaWarning)
+_REFUSALS = (
+    numba_errors.NumbaError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _PINS = (
     "install the extra hps-numba[cuda13] or hps-numba[cuda12], which pins NVVM and "
     "nvJitLink to one CUDA release"
@@ -168,7 +178,8 @@ def compile_ptx(spec: KernelSpec, cc: ComputeCapability) -> str:
     """
     signature = types.void(*(NUMBA_TYPES[letter] for letter in spec.argtypes))
     with target_device(cc), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumbaWarning)
+        for kind in _WARNINGS:
+            warnings.simplefilter("ignore", kind)
         try:
             text, _ = cuda.compile(
                 spec.function,
@@ -178,7 +189,7 @@ def compile_ptx(spec: KernelSpec, cc: ComputeCapability) -> str:
                 cc=cc,
                 launch_bounds=spec.block,
             )
-        except (NumbaError, TypeError, NotImplementedError, RuntimeError) as exc:
+        except _REFUSALS as exc:
             raise KernelCompileError(f"{_what(spec, cc)}: {exc}") from exc
     entries = _ENTRY.findall(text)
     if len(entries) != 1:
@@ -224,7 +235,10 @@ def link(spec: KernelSpec, ptx: str, cc: ComputeCapability) -> Cubin:
         hint = f"; {_PINS}" if "nsupported .version" in str(exc) else ""
         reason = str(exc).rstrip("\n\0")
         raise KernelCompileError(f"{_what(spec, cc)}: {reason}{hint}") from exc
-    return Cubin(spec.name, bytes(code), cc, log)
+    # How long it took would make two equal cubins differ.
+    lines = log.rstrip("\n\0").splitlines()
+    kept = [line for line in lines if "Compile time" not in line]
+    return Cubin(spec.name, bytes(code), cc, "\n".join(kept))
 
 
 def _what(spec: KernelSpec, cc: ComputeCapability) -> str:

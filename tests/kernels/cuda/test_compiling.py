@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from cuda.core import ObjectCode
 from numba import cuda
-from numba.core.errors import NumbaWarning
+from numba.core import errors as numba_errors
 from numba.cuda import dispatcher, types
+from numba.cuda.core import errors as cuda_errors
 from numba.cuda.extending import intrinsic
 
 from hps_numba.kernels.cuda import ptx
@@ -105,6 +106,10 @@ def test_a_capability_gets_the_same_code_whichever_came_first() -> None:
     assert compile_ptx(scale_spec(), (7, 5)) == fresh
 
 
+def test_compiling_twice_gives_the_same_cubin() -> None:
+    assert compile_cubin(scale_spec(), (9, 0)) == compile_cubin(scale_spec(), (9, 0))
+
+
 def test_threads_compile_at_the_same_time() -> None:
     found: dict[tuple[int, int], str] = {}
 
@@ -144,13 +149,16 @@ def test_the_real_device_is_back_after_a_failure() -> None:
     assert dispatcher.get_current_device is real
 
 
-def test_numbas_warnings_do_not_leak() -> None:
+@pytest.mark.parametrize("source", [numba_errors, cuda_errors])
+def test_numbas_warnings_do_not_leak(source: Any) -> None:
+    warned: list[object] = []
+
     @intrinsic
     def warns(typingctx):
         def lower(context, builder, signature, args):
             return context.get_constant(types.uint32, 1)
 
-        warnings.warn("planted", NumbaWarning, stacklevel=1)
+        warned.append(warnings.warn("planted", source.NumbaWarning, stacklevel=1))
         return types.uint32(), lower
 
     def kernel(address):
@@ -159,6 +167,7 @@ def test_numbas_warnings_do_not_leak() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compile_ptx(KernelSpec("warning", kernel, "U"), (9, 0))
+    assert warned
     assert caught == []
 
 

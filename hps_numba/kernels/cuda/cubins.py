@@ -1,0 +1,154 @@
+"""Cubins on disk, so that a process compiles only what no process compiled before.
+
+One file per kernel and compute capability, named by the digest of everything that the
+machine code follows from. A file is written beside its place and renamed into it, and
+carries a checksum: processes that share the directory never read half a file, and what
+is damaged is compiled again. The directory may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from hps_numba.kernels.cuda.compiling import (
+    ComputeCapability,
+    Cubin,
+    KernelSpec,
+    compile_cubin,
+)
+from hps_numba.kernels.cuda.fingerprint import UnknownConstantError, fingerprint
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_VARIABLE = "HPS_NUMBA_CACHE_DIR"
+_MAGIC = b"hps_numba cubin 1"
+
+
+class DamagedError(ValueError):
+    """A file is no cubin of ours, or not all of one."""
+
+
+def default_directory() -> Path | None:
+    """Return where cubins are kept, or None for a user without a home."""
+    if chosen := os.environ.get(DIRECTORY_VARIABLE):
+        return Path(chosen)
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(base) / "hps_numba" / "cubins"
+
+
+class CubinCache:
+    """Cubins that are compiled once and kept in a directory.
+
+    Parameters
+    ----------
+    directory
+        Where the files are; made when first needed. Nothing is kept if it is None or
+        cannot be written.
+
+    Notes
+    -----
+    Safe from several threads and several processes. Two that want a kernel at once may
+    both compile it; either's file serves.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+
+    def get(self, spec: KernelSpec, cc: ComputeCapability) -> Cubin:
+        """Return the cubin of a kernel, compiled now or earlier.
+
+        Raises
+        ------
+        KernelCompileError
+            If the kernel does not compile.
+        """
+        path = self._path(spec, cc)
+        cubin = self._read(path, spec, cc) if path else None
+        if cubin is None:
+            begin = time.perf_counter()
+            cubin = compile_cubin(spec, cc)
+            logger.info(
+                "kernel=%s cc=%d.%d compiled_ms=%.0f",
+                *(spec.name, *cc, 1e3 * (time.perf_counter() - begin)),
+            )
+            if path:
+                self._write(path, cubin)
+        return cubin
+
+    def _path(self, spec: KernelSpec, cc: ComputeCapability) -> Path | None:
+        if self.directory is None:
+            return None
+        try:
+            digest = fingerprint(spec, cc)
+        except UnknownConstantError as exc:
+            logger.info("kernel=%s is compiled anew each time: %s", spec.name, exc)
+            return None
+        return (
+            self.directory / f"{spec.name[:80]}.sm_{cc[0]}{cc[1]}.{digest[:32]}.cubin"
+        )
+
+    def _read(
+        self, path: Path, spec: KernelSpec, cc: ComputeCapability
+    ) -> Cubin | None:
+        try:
+            cubin = decode(path.read_bytes())
+            if (cubin.name, cubin.cc) != (spec.name, cc):
+                raise DamagedError(f"it holds {cubin.name} for {cubin.cc}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, DamagedError) as exc:
+            logger.warning("cubin=%s is compiled again: %s", path, exc)
+            return None
+        return cubin
+
+    def _write(self, path: Path, cubin: Cubin) -> None:
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(encode(cubin))
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except OSError as exc:
+            logger.info("cubin=%s is not kept: %s", path, exc)
+
+
+def encode(cubin: Cubin) -> bytes:
+    """Return a cubin as a file's content: magic, checksum, header, machine code."""
+    header = json.dumps({"name": cubin.name, "cc": cubin.cc, "log": cubin.log})
+    body = header.encode() + b"\n" + cubin.code
+    return b"\n".join((_MAGIC, hashlib.sha256(body).hexdigest().encode(), body))
+
+
+def decode(content: bytes) -> Cubin:
+    """Return the cubin in a file's content.
+
+    Raises
+    ------
+    DamagedError
+        If the content is anything but what :func:`encode` returned.
+    """
+    magic, _, rest = content.partition(b"\n")
+    if magic != _MAGIC:
+        raise DamagedError("it does not begin as a cubin file")
+    checksum, _, body = rest.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
+        raise DamagedError("its checksum is wrong")
+    header, _, code = body.partition(b"\n")
+    fields = json.loads(header)
+    major, minor = fields["cc"]
+    return Cubin(fields["name"], code, (major, minor), fields["log"])
