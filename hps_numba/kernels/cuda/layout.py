@@ -339,7 +339,7 @@ class WorkLayout:
 
     @property
     def results(self) -> int:
-        """Offset of the results: uint32 (n_tables, 4), in the order of ``N_MISSING``."""
+        """Offset of the results: uint32 (n_tables, 4), of which N_MISSING is first."""
         return WORK_HEADER + self.n_tables * COUNTER_BYTES
 
     @property

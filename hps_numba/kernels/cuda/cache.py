@@ -1,0 +1,387 @@
+"""A cache in device memory: which kernel each operation launches, and on what grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from hps_numba.kernels.cuda import dump, evict, insert, pooled, query, scatter, update
+from hps_numba.kernels.cuda.compiling import KernelSpec
+from hps_numba.kernels.cuda.evict import HOLD
+from hps_numba.kernels.cuda.insert import ADMIT
+from hps_numba.kernels.cuda.layout import CacheLayout, Policy, RowLayout
+from hps_numba.kernels.cuda.operands import Bags, Batch, Launcher, Workspace
+from hps_numba.kernels.cuda.pooled import MEAN
+from hps_numba.kernels.cuda.query import COUNT_UNIQUE, FILL
+
+_WARP = 32
+
+
+class Cache:
+    """The operations of a cache, each of them one launch.
+
+    Addresses are device addresses, aligned as their type asks. Nothing is checked that
+    only the device knows; sizes that are known here are.
+
+    Parameters
+    ----------
+    layout
+        How the block is laid out; ``layout.rows.out`` is what queries give.
+    policy
+        Which way of a full set makes room.
+    base
+        Address of the block, prepared as ``layout`` says.
+    launcher
+        Runs the kernels.
+
+    Notes
+    -----
+    Safe from several threads and streams at once, but for updates and evictions of one
+    table, which come one after the other.
+    """
+
+    def __init__(
+        self, layout: CacheLayout, policy: Policy, *, base: int, launcher: Launcher
+    ) -> None:
+        self.layout = layout
+        self.policy = policy
+        self.base = base
+        self._launcher = launcher
+
+    def kernels(self) -> Iterator[KernelSpec]:
+        """Yield what the operations launch, to be compiled ahead."""
+        rows = self.layout.rows
+        yield query.query_kernel(rows, self.policy)
+        yield query.query_kernel(rows, Policy.STATIC)
+        yield scatter.scatter_kernel(rows)
+        yield insert.insert_kernel(rows, self.policy)
+        yield update.update_kernel(rows)
+        yield evict.evict_kernel()
+        yield evict.clear_kernel()
+        yield dump.dump_kernel()
+        if rows.out == "float32":
+            yield pooled.pooled_query_kernel(rows, self.policy)
+            yield pooled.pooled_scatter_kernel(rows)
+
+    def query(
+        self,
+        batch: Batch,
+        out: int,
+        work: Workspace,
+        *,
+        fill: bool = False,
+        count_unique: bool = False,
+        touch: bool = True,
+        stream: Any = None,
+    ) -> None:
+        """Copy the rows of keys that are there; leave the others in the workspace.
+
+        Parameters
+        ----------
+        batch
+            The keys.
+        out
+            Address of the output, (n, dim).
+        work
+            Takes the misses and the results.
+        fill
+            Give misses their table's default row.
+        count_unique
+            Count unique hits too; a little slower.
+        touch
+            Let hits count as uses of their rows.
+        stream
+            Where the launch is queued.
+
+        Raises
+        ------
+        ValueError
+            If there are more keys or tables than the workspace or the cache has.
+        """
+        self._check(batch.n, batch.n_tables, work)
+        policy = self.policy if touch else Policy.STATIC
+        spec = query.query_kernel(self._rows_for(out), policy)
+        flags = FILL * fill | COUNT_UNIQUE * count_unique
+        args = (self.base, batch.offsets, batch.n, batch.keys, out, work.base, flags)
+        self._launcher.launch(spec, batch.grid(spec.block), args, stream)
+
+    def scatter(
+        self,
+        batch: Batch,
+        table: int,
+        values: int,
+        *,
+        first: int,
+        n_rows: int,
+        out: int,
+        work: Workspace,
+        stream: Any = None,
+    ) -> None:
+        """Copy fetched rows to where the last query missed them.
+
+        Parameters
+        ----------
+        batch
+            That of the query.
+        table
+            Whose missing keys were fetched.
+        values
+            Address of the rows, (n_rows, dim) of the stored type.
+        first, n_rows
+            Which of the table's unique missing keys they are.
+        out, work, stream
+            Those of the query.
+        """
+        self._check_table(table)
+        spec = scatter.scatter_kernel(self._rows_for(out))
+        grid = batch.grid(spec.block)[0], 1
+        args = (work.base, table, batch.offsets, values, first, n_rows, out)
+        self._launcher.launch(spec, grid if n_rows else (0, 1), args, stream)
+
+    def insert(
+        self,
+        table: int,
+        n: int,
+        *,
+        keys: int,
+        values: int,
+        epoch: int,
+        selected: int = 0,
+        outcomes: int = 0,
+        evicted: int = 0,
+        admit: bool = False,
+        stream: Any = None,
+    ) -> None:
+        """Give keys a place, if need be another one's.
+
+        Parameters
+        ----------
+        table
+            Index of the table.
+        n, keys, values
+            Unique keys int64 (n,), and rows (n, dim) of the stored type.
+        epoch
+            The table's update epoch from before the rows were read.
+        selected
+            Address of uint8 (n,), 1 for keys to insert, or 0 for all.
+        outcomes
+            Address of uint8 (n,) that gets an ``Outcome`` a key, or 0.
+        evicted
+            Address of int64 (n,) that gets the key that made room, or 0.
+        admit
+            Take a new key into a full set at its second sight only.
+        stream
+            Where the launch is queued.
+
+        Raises
+        ------
+        ValueError
+            If there is no such table, or ``admit`` is asked of one without doorkeeper.
+        """
+        self._check_table(table)
+        if admit and not self.layout.tables[table].n_door:
+            raise ValueError(f"table {table} has no doorkeeper to admit keys")
+        spec = insert.insert_kernel(self.layout.rows, self.policy)
+        args = (
+            *(self.base, table, keys, values, n, epoch),
+            *(selected, outcomes, evicted, ADMIT * admit),
+        )
+        self._launcher.launch(spec, _warps(spec, n), args, stream)
+
+    def update(
+        self,
+        table: int,
+        n: int,
+        *,
+        keys: int,
+        values: int,
+        epoch: int,
+        outcomes: int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Replace the rows of keys that are there; see :meth:`insert`.
+
+        Rows that were read before ``epoch`` are refused from now on, also those of keys
+        that are not there.
+        """
+        self._check_table(table)
+        spec = update.update_kernel(self.layout.rows)
+        args = (self.base, table, keys, values, n, epoch, outcomes)
+        self._launcher.launch(spec, _warps(spec, n), args, stream)
+
+    def evict(
+        self,
+        table: int,
+        n: int,
+        *,
+        keys: int,
+        epoch: int,
+        outcomes: int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Remove keys; rows of before ``epoch`` are refused from now on."""
+        self._evict(
+            table, n, keys, epoch, remove=True, outcomes=outcomes, stream=stream
+        )
+
+    def hold(
+        self, table: int, n: int, *, keys: int, outcomes: int = 0, stream: Any = None
+    ) -> None:
+        """Refuse inserts of keys until an update or an eviction of them."""
+        self._evict(
+            table, n, keys, HOLD, remove=False, outcomes=outcomes, stream=stream
+        )
+
+    def _evict(
+        self,
+        table: int,
+        n: int,
+        keys: int,
+        epoch: int,
+        *,
+        remove: bool,
+        outcomes: int,
+        stream: Any,
+    ) -> None:
+        self._check_table(table)
+        spec = evict.evict_kernel()
+        args = (self.base, table, keys, n, epoch, int(remove), outcomes)
+        self._launcher.launch(spec, _warps(spec, n), args, stream)
+
+    def clear(
+        self, table: int, *, epoch: int, busy: int = 0, stream: Any = None
+    ) -> None:
+        """Remove all keys of a table; rows of before ``epoch`` are refused from now on.
+
+        ``busy`` is the address of uint8 (n_sets,) that gets a 1 for each set that could
+        not be cleared, or 0.
+        """
+        self._check_table(table)
+        spec = evict.clear_kernel()
+        grid = _warps(spec, self.layout.tables[table].n_sets)
+        self._launcher.launch(spec, grid, (self.base, table, epoch, busy), stream)
+
+    def dump(
+        self,
+        table: int,
+        first_set: int,
+        n_sets: int,
+        *,
+        keys: int,
+        counts: int,
+        stream: Any = None,
+    ) -> None:
+        """Write the keys of a range of sets.
+
+        Parameters
+        ----------
+        table
+            Index of the table.
+        first_set, n_sets
+            The range.
+        keys
+            Address of int64 (28 * n_sets,).
+        counts
+            Address of 64 bytes, zero before their first use. As ``offsets`` of a batch
+            they tell a query of these keys how many there are.
+        stream
+            Where the launch is queued.
+
+        Raises
+        ------
+        ValueError
+            If the range exceeds the table.
+        """
+        self._check_table(table)
+        held = self.layout.tables[table].n_sets
+        if not 0 <= first_set <= first_set + n_sets <= held:
+            raise ValueError(
+                f"sets {first_set} to {first_set + n_sets} exceed the {held} of "
+                f"table {table}"
+            )
+        spec = dump.dump_kernel()
+        args = (self.base, table, first_set, n_sets, keys, counts)
+        grid = max(1, _warps(spec, n_sets)[0]), 1
+        self._launcher.launch(spec, grid, args, stream)
+
+    def pooled_query(
+        self,
+        batch: Batch,
+        bags: Bags,
+        out: int,
+        work: Workspace,
+        *,
+        fill: bool = False,
+        stream: Any = None,
+    ) -> None:
+        """Sum or average the rows of each bag; ``batch.n`` counts bags.
+
+        Raises
+        ------
+        ValueError
+            If rows are not given out as float32, or as :meth:`query`.
+        """
+        self._check(bags.n_keys, batch.n_tables, work)
+        spec = pooled.pooled_query_kernel(self._rows_for(out), self.policy)
+        args = (
+            *(self.base, batch.offsets, batch.n, bags.begins, batch.keys),
+            *(bags.weights, out, work.base, FILL * fill | MEAN * bags.mean),
+        )
+        grid = batch.grid(spec.block // _WARP)
+        self._launcher.launch(spec, grid, args, stream)
+
+    def pooled_scatter(
+        self,
+        batch: Batch,
+        bags: Bags,
+        table: int,
+        values: int,
+        *,
+        first: int,
+        n_rows: int,
+        out: int,
+        work: Workspace,
+        stream: Any = None,
+    ) -> None:
+        """Add fetched rows to the bags that missed them; see :meth:`scatter`."""
+        self._check_table(table)
+        spec = pooled.pooled_scatter_kernel(self._rows_for(out))
+        args = (
+            *(work.base, table, batch.offsets, bags.begins, bags.weights),
+            *(values, first, n_rows, out, MEAN * bags.mean),
+        )
+        grid = batch.grid(spec.block // _WARP)[0], 1
+        self._launcher.launch(spec, grid if n_rows else (0, 1), args, stream)
+
+    def _rows_for(self, out: int) -> RowLayout:
+        """Return the rows' layout for an output at this address."""
+        rows = self.layout.rows
+        if out % rows.store_bytes == 0:
+            return rows
+        alignment = next(a for a in (8, 4, 2, 1) if out % a == 0)
+        if alignment < rows.out_item_bytes:
+            raise ValueError(f"out={out:#x} is not aligned to {rows.out} values")
+        return replace(rows, alignment=alignment)
+
+    def _check(self, n_keys: int, n_tables: int, work: Workspace) -> None:
+        if n_keys > work.layout.n_keys:
+            raise ValueError(
+                f"{n_keys} keys exceed the workspace's {work.layout.n_keys}"
+            )
+        if n_tables > min(work.layout.n_tables, len(self.layout.tables)):
+            raise ValueError(
+                f"{n_tables} tables exceed the workspace's {work.layout.n_tables} or "
+                f"the cache's {len(self.layout.tables)}"
+            )
+
+    def _check_table(self, table: int) -> None:
+        if not 0 <= table < len(self.layout.tables):
+            raise ValueError(
+                f"table {table} is none of the cache's {len(self.layout.tables)}"
+            )
+
+
+def _warps(spec: KernelSpec, n: int) -> tuple[int, int]:
+    """Return the grid of a kernel that takes a warp for each of ``n``."""
+    return -(-n * _WARP // spec.block), 1
