@@ -1,0 +1,64 @@
+"""What every kernel is held to on every compute capability that is supported.
+
+A limit is not an aim: it is the value above which a change has made a kernel worse. The
+compile gate (``python -m tests.support.gate``) prints what the kernels take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CAPABILITIES = ((7, 5), (8, 0), (9, 0), (10, 0))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a kernel takes and the least that it does at once, in any shape.
+
+    Parameters
+    ----------
+    registers
+        Registers a thread at most.
+    instructions
+        Machine instructions at most.
+    row_loads, row_stores
+        Loads and stores of a row's whole unit at least: how many are in flight a lane.
+    shared_bytes
+        Static shared memory a block at most.
+    """
+
+    registers: int
+    instructions: int
+    row_loads: int = 0
+    row_stores: int = 0
+    shared_bytes: int = 0
+
+
+# By how a kernel's name begins.
+LIMITS: dict[str, Limit] = {
+    "query": Limit(registers=255, instructions=3000, row_loads=4, row_stores=4),
+    "scatter": Limit(registers=255, instructions=3000, row_loads=4, row_stores=4),
+    "insert": Limit(registers=255, instructions=3000, row_loads=4, row_stores=4),
+    "update": Limit(registers=255, instructions=3000, row_loads=4, row_stores=4),
+    "pooled_query": Limit(registers=255, instructions=3000, row_loads=4, row_stores=1),
+    "pooled_scatter": Limit(
+        registers=255, instructions=3000, row_loads=4, row_stores=1
+    ),
+    "evict": Limit(registers=255, instructions=3000),
+    "clear": Limit(registers=255, instructions=3000),
+    "dump": Limit(registers=255, instructions=3000),
+}
+
+
+def kind_of(kernel: str) -> str:
+    """Return which of ``LIMITS`` is for a kernel, by ``KernelSpec.name``.
+
+    Raises
+    ------
+    KeyError
+        If none is.
+    """
+    for kind in LIMITS:
+        if kernel == kind or kernel.startswith(f"{kind}_"):
+            return kind
+    raise KeyError(kernel)

@@ -1,0 +1,78 @@
+"""The kernels and shapes that the compile gate looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hps_numba.kernels.cuda.compiling import KernelSpec
+from hps_numba.kernels.cuda.dump import dump_kernel
+from hps_numba.kernels.cuda.evict import clear_kernel, evict_kernel
+from hps_numba.kernels.cuda.insert import insert_kernel
+from hps_numba.kernels.cuda.layout import Policy, RowLayout, widest
+from hps_numba.kernels.cuda.pooled import pooled_query_kernel, pooled_scatter_kernel
+from hps_numba.kernels.cuda.query import query_kernel
+from hps_numba.kernels.cuda.scatter import scatter_kernel
+from hps_numba.kernels.cuda.update import update_kernel
+
+# Widths of every unit, rows of less than a warp, of a warp, and of many.
+DIMS = (1, 3, 16, 32, 64, 128, 256, 1000)
+# Stored and handed out.
+TYPES = (
+    ("float32", "float32"),
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, and how wide a unit of its rows is; 0 for a kernel without rows."""
+
+    spec: KernelSpec
+    load_bytes: int = 0
+    store_bytes: int = 0
+
+
+def cases() -> list[Case]:
+    """Return every kernel in the shapes that differ."""
+    found = [Case(spec) for spec in (evict_kernel(), clear_kernel(), dump_kernel())]
+    for rows in row_layouts():
+        found += [_reading(query_kernel(rows, Policy.LRU), rows)]
+        if rows.out == rows.stored:
+            found += [_writing(insert_kernel(rows, Policy.LRU), rows)]
+    for rows in (RowLayout(32), RowLayout(128, "float16", "float32"), RowLayout(3)):
+        found += [
+            _reading(scatter_kernel(rows), rows),
+            _reading(pooled_query_kernel(rows, Policy.LRU), rows),
+            _reading(pooled_scatter_kernel(rows), rows),
+            _writing(update_kernel(rows), rows),
+        ]
+        for policy in (Policy.LFU, Policy.STATIC):
+            found += [
+                _reading(query_kernel(rows, policy), rows),
+                _writing(insert_kernel(rows, policy), rows),
+            ]
+    return found
+
+
+def _reading(spec: KernelSpec, rows: RowLayout) -> Case:
+    return Case(spec, rows.load_bytes, rows.store_bytes)
+
+
+def _writing(spec: KernelSpec, rows: RowLayout) -> Case:
+    """Rows come in and are kept as they are stored."""
+    n_bytes = widest(rows.row_bytes)
+    return Case(spec, n_bytes, n_bytes)
+
+
+def row_layouts() -> list[RowLayout]:
+    """Return every dimension of float32 rows, and of the others one of each unit."""
+    wide = [RowLayout(dim) for dim in DIMS]
+    others = [
+        RowLayout(dim, stored, out)
+        for stored, out in TYPES[1:]
+        for dim in (1, 3, 32, 128, 1000)
+    ]
+    return wide + others
