@@ -209,7 +209,7 @@ static uint32_t wait_at_barrier(int operation, uint32_t predicate) {
     fiber->warp->at_barrier |= 1u << fiber->lane;
     fiber->state = WAITING;
     open_barrier(worker, block);
-    leave_fiber(worker);
+    give_way(worker);
     return (uint32_t)fiber->result;
 }
 

@@ -117,6 +117,7 @@ struct Worker {
     int64_t lowest_priority;
     bool slept;
     Block *blocks;
+    Block *ended;  // its last fiber has just finished
     int32_t n_blocks;
     uint64_t steps;
 };
@@ -130,6 +131,7 @@ extern __thread Worker *this_worker __attribute__((tls_model("initial-exec")));
 const RunSpec *run_spec(const Worker *worker);
 uint64_t draw(Worker *worker, uint64_t bound);
 void make_ready(Worker *worker, Warp *warp, uint32_t lanes);
+void give_way(Worker *worker);
 void wait_for_others(Worker *worker);
 void preempt(Worker *worker);
 void fail(int64_t range, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -138,9 +140,8 @@ void fail(int64_t range, const char *format, ...) __attribute__((format(printf, 
 bool give_stacks(Fiber *fibers, int n);
 void take_stacks_back(Fiber *fibers, int n);
 void prepare_stack(Fiber *fiber, void (*start)(void));
-void switch_stacks(void **saved, void *next);
-void enter_fiber(Worker *worker, Fiber *fiber);
-void leave_fiber(Worker *worker);
+void enter_fiber(Worker *worker, void **saved, Fiber *fiber);
+void enter_scheduler(Worker *worker, Fiber *fiber);
 bool on_stack_of(const Fiber *fiber, uint64_t address);
 void check_stack_depth(void);
 

@@ -20,6 +20,7 @@ enum {
     LONGEST_TURN = 4096,
     // PRIORITY: one preemption in so many gives the running warp a new priority.
     CHANGE_POINTS = 8,
+    LOOK_AROUND = 512,
 };
 
 struct Run {
@@ -166,12 +167,36 @@ static Fiber *choose(Worker *worker) {
     warp->last_lane = lane;
     warp->ready &= ~(1u << lane);
     if (!warp->ready) drop_from_ready(worker, warp);
+    warp->lanes[lane].state = RUNNABLE;
     return &warp->lanes[lane];
+}
+
+static void step_limit_exceeded(Worker *worker, const Fiber *fiber) {
+    fail_for(worker, fiber, "step limit of %llu exceeded: a livelock?",
+             (unsigned long long)run_spec(worker)->max_steps);
+}
+
+// Switches the running fiber out, and in again when it is its turn. A fiber that is still
+// RUNNABLE is ready at once; one that is WAITING when somebody makes it so.
+void give_way(Worker *worker) {
+    Fiber *fiber = worker->current;
+    if (fiber->state == RUNNABLE) make_ready(worker, fiber->warp, 1u << fiber->lane);
+    if (++worker->steps > run_spec(worker)->max_steps) step_limit_exceeded(worker, fiber);
+    // Finished fibers and an empty list are the scheduler's. It also looks from time to
+    // time whether another worker's blocks have let a job start.
+    bool to_scheduler = worker->steps % LOOK_AROUND == 0 || fiber->state == FINISHED ||
+                        !worker->n_ready || worker->run->stopped;
+    if (to_scheduler) {
+        enter_scheduler(worker, fiber);
+        return;
+    }
+    Fiber *next = choose(worker);
+    if (next != fiber) enter_fiber(worker, &fiber->sp, next);
 }
 
 void wait_for_others(Worker *worker) {
     worker->current->state = WAITING;
-    leave_fiber(worker);
+    give_way(worker);
 }
 
 void preempt(Worker *worker) {
@@ -182,7 +207,7 @@ void preempt(Worker *worker) {
         worker->current->warp->priority = (int64_t)(next_random(worker) >> 1);
         worker->favourite = NULL;
     }
-    leave_fiber(worker);
+    give_way(worker);
 }
 
 // Called for `nanosleep`: whoever waits for someone else steps behind everyone.
@@ -191,7 +216,7 @@ void nv_yield(void) {
     worker->slept = true;
     worker->favourite = NULL;
     worker->current->warp->priority = --worker->lowest_priority;
-    leave_fiber(worker);
+    give_way(worker);
 }
 
 void nv_preempt(void) { preemption_point(this_worker); }
@@ -203,7 +228,8 @@ static void fiber_main(void) {
     spec->entry(spec->arguments);
     leave_block(worker, fiber);
     fiber->state = FINISHED;
-    leave_fiber(worker);
+    if (fiber->warp->block->n_live == 0) worker->ended = fiber->warp->block;
+    give_way(worker);
     __builtin_trap();
 }
 
@@ -323,18 +349,12 @@ static void fail_by_deadlock(Worker *worker) {
             }
 }
 
-static void step(Worker *worker) {
-    Fiber *fiber = choose(worker);
-    fiber->state = RUNNABLE;
-    enter_fiber(worker, fiber);
-    Block *block = fiber->warp->block;
-    if (fiber->state == RUNNABLE)
-        make_ready(worker, fiber->warp, 1u << fiber->lane);
-    else if (block->n_live == 0)
-        end_block(worker, block);
-    if (++worker->steps > run_spec(worker)->max_steps)
-        fail_for(worker, fiber, "step limit of %llu exceeded: a livelock?",
-             (unsigned long long)run_spec(worker)->max_steps);
+// Runs fibers until one of them has something for the scheduler to do.
+static void run_fibers(Worker *worker) {
+    enter_fiber(worker, &worker->sp, choose(worker));
+    Block *block = worker->ended;
+    worker->ended = NULL;
+    if (block) end_block(worker, block);
 }
 
 static void *work(void *pointer) {
@@ -349,7 +369,7 @@ static void *work(void *pointer) {
         while (worker->n_blocks < run->spec->resident && next_block(worker, &job, &index))
             start_block(worker, job, index);
         if (worker->n_ready) {
-            step(worker);
+            run_fibers(worker);
         } else if (worker->n_blocks) {
             fail_by_deadlock(worker);
         } else if (all_started(run)) {
