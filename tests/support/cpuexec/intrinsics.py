@@ -21,6 +21,7 @@ _REGISTERS |= {
 LANES_BELOW, DYNAMIC_SHARED_BYTES = 14, 15
 
 RUNTIME = {
+    "llvm.memset.p0.i64": "void (ptr, i8, i64, i1)",
     "nv_access": "void (i64, i32)",
     "nv_access_many": "void (i64, i64, i32)",
     "nv_divide": "void (i64, i64, i32)",

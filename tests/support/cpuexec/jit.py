@@ -49,7 +49,8 @@ def compile_modules(texts: list[str], kernel: str) -> HostCode:
 @cache
 def _add_symbols() -> None:
     library = runtime()
-    names = [*intrinsics.RUNTIME, checks.STACK_PROBE]
+    names = [name for name in intrinsics.RUNTIME if name.startswith("nv_")]
+    names.append(checks.STACK_PROBE)
     names += [intrinsics.model_name(name) for name in intrinsics.LIBDEVICE]
     for name in names:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value

@@ -24,6 +24,10 @@ _INLINE = re.compile(
     r'call ([^@\n]*?) asm +(?:sideeffect +)?(?:alignstack +)?"([^"]*)", "([^"]*)"\s*'
     r"\(([^\n]*)\)"
 )
+# Numba clears local arrays with one store, of which LLVM makes one for each element.
+_CLEAR = re.compile(
+    r"store \[(\d+) x (\w+)\] zeroinitializer, \[\1 x \2\]\* (%\S+)$", re.MULTILINE
+)
 _OPERAND_TYPE = re.compile(r"\s*(\{.*?\}|<.*?>|[\w*]+)\s")
 _ELEMENT_BYTES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "i32": 4, "float": 4}
 _ELEMENT_BYTES |= {"i64": 8, "double": 8}
@@ -64,6 +68,7 @@ def _body(text: str, models: _Models) -> str:
     text = re.sub(r'^@"?llvm\.used"?.*$|^!nvvm.*$', "", text, flags=re.M)
     text = _shared_arrays(text, models)
     text = re.sub(r" addrspace\(\d+\)", "", text).replace("addrspacecast", "bitcast")
+    text = _CLEAR.sub(_clear, text)
     text = _INLINE.sub(lambda found: _inline_call(found, models), text)
     if left := re.search(r"^.* asm .*$", text, re.M):
         raise NotImplementedError(f"inline PTX in a new form: {left[0].strip()}")
@@ -87,6 +92,12 @@ def _shared_arrays(text: str, models: _Models) -> str:
     if left := re.search(r"^.*addrspace\(3\).*$", text, re.M):
         raise NotImplementedError(f"shared memory used in a new way: {left[0].strip()}")
     return text
+
+
+def _clear(found: re.Match[str]) -> str:
+    n_bytes = int(found[1]) * _ELEMENT_BYTES[found[2]]
+    given = f"ptr {found[3]}, i8 0, i64 {n_bytes}, i1 false"
+    return f"call void @llvm.memset.p0.i64({given})"
 
 
 def _inline_call(found: re.Match[str], models: _Models) -> str:

@@ -1,0 +1,449 @@
+"""What the CPU executor promises: its checks fire, its schedules are seeded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from llvmlite import ir
+from numba import cuda
+from numba.cuda import codegen, dispatcher, types
+from numba.cuda.compiler import _compile_pyfunc_with_fixup
+from numba.cuda.extending import intrinsic
+
+from hps_numba.kernels.cuda.ptx import (
+    FULL_WARP,
+    add_u32,
+    load_row,
+    load_u8,
+    load_u32,
+    shuffle_u32,
+    store_row,
+    store_u8,
+    store_u32,
+    swap_acquire_u32,
+)
+from tests.support import cpuexec
+from tests.support.cpuexec import DeviceMemory, KernelError, Launch
+from tests.support.cpuexec.compiling import llvm_texts
+
+u32, u64 = np.uint32, np.uint64
+ADDRESS_AND_NUMBER = (types.uint64, types.uint32)
+load_16, store_16 = load_row[16], store_row[16]
+
+
+@pytest.fixture
+def memory() -> DeviceMemory:
+    return DeviceMemory()
+
+
+def run_on_words(function: Any, number: int = 0, **options: Any) -> np.ndarray:
+    """Run a kernel of (address of 64 words, number) as one block of 64 threads."""
+    kernel = cpuexec.compile_kernel(function, ADDRESS_AND_NUMBER)
+    memory = DeviceMemory()
+    words = memory.array(64, np.uint32)
+    block = options.pop("block", 64)
+    launch = Launch(kernel, 1, block, (memory.address(words), number))
+    cpuexec.run(launch, memory, **options)
+    return words
+
+
+def test_numba_cudas_internals_are_those_we_know():
+    installed = importlib.metadata.version("numba-cuda")
+    known = cpuexec.NUMBA_CUDA_VERSION
+    assert installed == known, (
+        f"numba-cuda is {installed}, but tests/support/cpuexec/compiling.py leans on "
+        f"private functions of {known}: run these tests, then change NUMBA_CUDA_VERSION"
+    )
+    parameters = inspect.signature(_compile_pyfunc_with_fixup).parameters
+    assert list(parameters)[:2] == ["pyfunc", "sig"]
+    assert {"device", "abi", "cc"} <= set(parameters)
+    assert callable(dispatcher.get_current_device)
+    assert isinstance(codegen.CUDACodeLibrary.llvm_strs, property)
+
+
+def test_the_llvm_texts_are_modules_with_the_entry_among_them():
+    def kernel(words, number):
+        store_u32(words, number)
+
+    texts, entry = llvm_texts(kernel, ADDRESS_AND_NUMBER)
+    assert sum(f'define void @"{entry}"' in text for text in texts) == 1
+
+
+# --- checks -----------------------------------------------------------------------------
+
+
+def touch_byte(words, number):
+    store_u8(words + u64(number), load_u8(words + u64(number)))
+
+
+def test_the_first_and_the_last_byte_may_be_touched():
+    run_on_words(touch_byte, 0)
+    run_on_words(touch_byte, 255)
+
+
+@pytest.mark.parametrize(
+    ("offset", "reason"),
+    [(256, "reaches 1 bytes past the end of"), (-1, "reaches 1 bytes before")],
+)
+def test_one_byte_either_side_is_out_of_bounds(memory, offset, reason):
+    kernel = cpuexec.compile_kernel(touch_byte, ADDRESS_AND_NUMBER)
+    words = memory.array(64, np.uint32)
+    address = memory.address(words) + offset
+    with pytest.raises(KernelError, match=reason) as caught:
+        cpuexec.run(Launch(kernel, 2, 32, (address, 0)), memory)
+    assert "1-byte load" in caught.value.reason
+    assert "allocation 0 (uint32, shape (64,), 256 bytes)" in caught.value.reason
+    assert caught.value.kernel == "touch_byte"
+    assert caught.value.block[0] in (0, 1)
+    assert 0 <= caught.value.thread < 32
+
+
+def test_a_wide_access_that_begins_inside_and_ends_outside_is_out_of_bounds():
+    def kernel(words, number):
+        if cuda.threadIdx.x == u32(3):
+            store_16(words + u64(number), load_16(words))
+
+    run_on_words(kernel, 240)
+    with pytest.raises(KernelError, match="16-byte store .* 8 bytes past") as caught:
+        # No multiple of 16, but the bounds are looked at first.
+        run_on_words(kernel, 248)
+    assert caught.value.thread == 3
+
+
+def test_an_atomic_out_of_bounds_is_called_one():
+    def kernel(words, number):
+        add_u32(words + u64(256), number)
+
+    with pytest.raises(KernelError, match="4-byte atomic .* 4 bytes past"):
+        run_on_words(kernel)
+
+
+def test_the_null_pointer_is_out_of_bounds():
+    def kernel(words, number):
+        store_u32(u64(0), number)
+
+    with pytest.raises(KernelError, match="out of bounds: 4-byte store at 0 "):
+        run_on_words(kernel)
+
+
+def test_nothing_is_in_bounds_where_nothing_is_allocated(memory):
+    kernel = cpuexec.compile_kernel(touch_byte, ADDRESS_AND_NUMBER)
+    with pytest.raises(KernelError, match="from no memory at all"):
+        cpuexec.run(Launch(kernel, 1, 32, (4096, 0)), memory)
+
+
+def test_a_freed_array_is_out_of_bounds_and_its_neighbours_are_not(memory):
+    kernel = cpuexec.compile_kernel(touch_byte, ADDRESS_AND_NUMBER)
+    arrays = [memory.array(16, np.uint8) for _ in range(3)]
+    addresses = [memory.address(array) for array in arrays]
+    memory.free(arrays[1])
+    for i in (0, 2):
+        cpuexec.run(Launch(kernel, 1, 32, (addresses[i], 15)), memory)
+    with pytest.raises(KernelError, match="out of bounds"):
+        cpuexec.run(Launch(kernel, 1, 32, (addresses[1], 0)), memory)
+    with pytest.raises(ValueError, match="has been freed"):
+        memory.free(arrays[1])
+    with pytest.raises(ValueError, match="is not of this device memory"):
+        memory.address(arrays[1])
+
+
+def test_arrays_are_aligned_filled_and_copied_with_addresses_of_their_views(memory):
+    made = memory.array((3, 5), np.float32, fill=1.5)
+    copied = memory.copy(np.arange(7, dtype=np.int64))
+    assert memory.address(made) % 256 == memory.address(copied) % 256 == 0
+    np.testing.assert_array_equal(made, np.full((3, 5), 1.5, np.float32))
+    np.testing.assert_array_equal(copied, np.arange(7))
+    assert memory.address(made[1:]) == memory.address(made) + 20
+    assert memory.array(0, np.uint8).size == 0
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_a_misaligned_access_is_an_error(offset):
+    def kernel(words, number):
+        store_u32(words + u64(number), number)
+
+    with pytest.raises(KernelError, match="misaligned: 4-byte store .* multiple of 4"):
+        run_on_words(kernel, offset)
+
+
+def test_sixteen_bytes_are_aligned_to_sixteen():
+    def kernel(words, number):
+        load_16(words + u64(number))
+
+    with pytest.raises(KernelError, match="misaligned: 16-byte load .* multiple of 16"):
+        run_on_words(kernel, 8)
+
+
+def test_a_lane_outside_its_own_mask_is_an_error():
+    def kernel(words, number):
+        cuda.ballot_sync(number, True)
+
+    with pytest.raises(
+        KernelError, match=r"vote: the calling lane .* not in mask 0xfe"
+    ):
+        run_on_words(kernel, 0xFE)
+
+
+def test_a_mask_that_names_a_lane_that_does_not_exist_is_an_error():
+    def kernel(words, number):
+        cuda.syncwarp(u32(number))
+
+    run_on_words(kernel, 0xFFFF, block=16)
+    with pytest.raises(KernelError, match="syncwarp: mask 0x1ffff names lane 16"):
+        run_on_words(kernel, 0x1FFFF, block=16)
+
+
+def test_a_lane_that_exits_before_others_name_it_is_an_error():
+    def kernel(words, number):
+        if cuda.laneid != number:
+            cuda.syncwarp(u32(FULL_WARP))
+
+    # Which of the two comes first is up to the schedule.
+    reason = "lane 5 exits while lanes wait|names lane 5, which has exited"
+    for seed in range(4):
+        with pytest.raises(KernelError, match=reason):
+            run_on_words(kernel, 5, seed=seed, block=32)
+
+
+def test_a_shuffle_from_a_lane_outside_the_mask_is_an_error():
+    def kernel(words, number):
+        lane = u32(cuda.laneid)
+        if lane < u32(8):
+            got = cuda.shfl_sync(u32(0xFF), np.int32(lane), np.int32(number))
+            store_u32(words, u32(got))
+
+    run_on_words(kernel, 7)
+    with pytest.raises(KernelError, match="reads lane 8, which is not in mask 0xff"):
+        run_on_words(kernel, 8)
+
+
+def test_different_operations_under_one_mask_are_a_divergence():
+    def kernel(words, number):
+        if cuda.laneid == number:
+            cuda.ballot_sync(u32(FULL_WARP), True)
+        else:
+            cuda.syncwarp(u32(FULL_WARP))
+
+    with pytest.raises(KernelError, match="divergence: "):
+        run_on_words(kernel, 3)
+
+
+def test_the_same_operation_in_two_branches_is_a_divergence():
+    def kernel(words, number):
+        lane = u32(cuda.laneid)
+        if lane < number:
+            got = shuffle_u32(lane, u32(1))
+            store_u32(words, got)
+        else:
+            got = shuffle_u32(lane, u32(2))
+            store_u32(words + u64(4), u32(got + u32(1)))
+
+    with pytest.raises(KernelError, match="divergence: .* from two places"):
+        run_on_words(kernel, 16)
+
+
+def test_masks_that_overlap_are_a_divergence():
+    def kernel(words, number):
+        lane = u32(cuda.laneid)
+        mask = u32(0xFFFF)
+        if lane >= u32(8):
+            mask = u32(0xFFFFFF00)
+        cuda.syncwarp(mask)
+
+    with pytest.raises(KernelError, match="divergence: syncwarp with mask"):
+        run_on_words(kernel)
+
+
+def test_a_collective_in_the_head_of_a_loop_is_no_divergence():
+    def kernel(words, number):
+        lane = u32(cuda.laneid)
+        rounds = u32(0)
+        while cuda.ballot_sync(u32(FULL_WARP), rounds < lane):
+            rounds = u32(rounds + u32(1))
+        store_u32(words + u64(lane) * u64(4), rounds)
+
+    assert set(run_on_words(kernel)[:32]) == {31}
+
+
+def test_threads_at_different_barriers_are_a_divergence():
+    def kernel(words, number):
+        if cuda.threadIdx.x < number:
+            cuda.syncthreads()
+        else:
+            cuda.syncthreads_or(1)
+
+    with pytest.raises(KernelError, match="divergence: syncthreads"):
+        run_on_words(kernel, 32)
+
+
+def test_lanes_that_wait_for_each_other_are_a_deadlock():
+    def kernel(words, number):
+        if cuda.threadIdx.x < number:
+            cuda.syncthreads()
+        else:
+            cuda.syncwarp(u32(FULL_WARP))
+
+    with pytest.raises(KernelError, match="deadlock: waits for ever at") as caught:
+        run_on_words(kernel, 8)
+    assert "where" in caught.value.reason
+
+
+def test_threads_that_have_exited_are_not_waited_for_at_a_barrier():
+    def kernel(words, number):
+        if cuda.threadIdx.x < number:
+            cuda.syncthreads()
+            store_u32(words + u64(cuda.threadIdx.x) * u64(4), u32(7))
+
+    np.testing.assert_array_equal(run_on_words(kernel, 40), [7] * 40 + [0] * 24)
+
+
+@pytest.mark.parametrize(("preempt", "nap"), [(0.05, 0), (0.0, 0), (0.0, 1), (1.0, 1)])
+def test_a_lock_that_is_never_released_is_a_livelock(preempt, nap):
+    def kernel(words, number):
+        while swap_acquire_u32(words, u32(0), u32(1)) != u32(0):
+            if number:
+                cuda.nanosleep(u32(20))
+
+    with pytest.raises(KernelError, match="step limit of 20000 exceeded"):
+        run_on_words(kernel, nap, preempt=preempt, max_steps=20_000)
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "priority", "ordered"])
+@pytest.mark.parametrize("preempt", [0.0, 0.05])
+def test_a_lock_that_is_released_is_got_by_everyone(schedule, preempt):
+    def kernel(words, number):
+        done = False
+        while not done:
+            if swap_acquire_u32(words, u32(0), u32(1)) == u32(0):
+                store_u32(words + u64(4), u32(load_u32(words + u64(4)) + u32(1)))
+                store_u32(words, u32(0))
+                done = True
+
+    assert run_on_words(kernel, schedule=schedule, preempt=preempt)[1] == 64
+
+
+def test_a_local_array_larger_than_the_stack_is_an_error():
+    def kernel(words, number):
+        large = cuda.local.array(20_000, np.uint32)
+        for i in range(number):
+            large[i] = u32(i)
+        store_u32(words, large[number - u32(1)])
+
+    with pytest.raises(KernelError, match="stack overflow"):
+        run_on_words(kernel, 9)
+
+
+def test_a_local_array_that_fits_is_each_threads_own():
+    def kernel(words, number):
+        thread = u32(cuda.threadIdx.x)
+        local = cuda.local.array(500, np.uint32)
+        for i in range(number):
+            local[i] = u32(thread * number + u32(i))
+        store_u32(words + u64(thread) * u64(4), local[number - u32(1)])
+
+    expected = np.arange(64) * 500 + 499
+    np.testing.assert_array_equal(run_on_words(kernel, 500, preempt=0.01), expected)
+
+
+@intrinsic
+def divide(typingctx, a, b):
+    def lower(context, builder, signature, args):
+        return builder.sdiv(*args)
+
+    return types.int32(types.int32, types.int32), lower
+
+
+def test_a_division_that_would_stop_this_cpu_is_an_error(memory):
+    def kernel(out, a, b):
+        store_u32(out, u32(divide(a, b)))
+
+    compiled = cpuexec.compile_kernel(kernel, (types.uint64, types.int32, types.int32))
+    out = memory.array(1, np.int32)
+
+    def quotient(a: int, b: int) -> int:
+        cpuexec.run(Launch(compiled, 1, 1, (memory.address(out), a, b)), memory)
+        return int(out[0])
+
+    assert quotient(-7, 2) == -3
+    with pytest.raises(KernelError, match="division by zero"):
+        quotient(1, 0)
+    with pytest.raises(KernelError, match="division overflows"):
+        quotient(-(2**31), -1)
+
+
+@pytest.mark.parametrize(("number", "side"), [(129, "past the end"), (0, "before")])
+def test_a_shared_array_has_bounds(number, side):
+    def kernel(words, number):
+        shared = cuda.shared.array(64, np.uint32)
+        # Numba adds the length to an index below 0.
+        shared[np.int64(number) - np.int64(65)] = u32(1)
+        cuda.syncthreads()
+        store_u32(words, shared[0])
+
+    run_on_words(kernel, 128)
+    with pytest.raises(KernelError, match=f"{side}.* a shared array of 256 bytes"):
+        run_on_words(kernel, number)
+
+
+def test_shared_memory_is_poisoned_before_it_is_written():
+    def kernel(words, number):
+        shared = cuda.shared.array(64, np.uint32)
+        store_u32(words + u64(cuda.threadIdx.x) * u64(4), shared[cuda.threadIdx.x])
+
+    assert set(run_on_words(kernel)) == {0xA5A5A5A5}
+
+
+def test_dynamic_shared_memory_has_the_size_that_the_launch_says(memory):
+    def kernel(words, number):
+        shared = cuda.shared.array(0, np.uint32)
+        shared[number] = number
+        store_u32(words, shared[number])
+
+    compiled = cpuexec.compile_kernel(kernel, ADDRESS_AND_NUMBER)
+    words = memory.array(1, np.uint32)
+    args = (memory.address(words), 15)
+    cpuexec.run(Launch(compiled, 1, 1, args, shared_bytes=64), memory)
+    assert words[0] == 15
+    with pytest.raises(KernelError, match="4 bytes past the end of a shared array"):
+        cpuexec.run(Launch(compiled, 1, 1, args, shared_bytes=60), memory)
+
+
+def test_inline_ptx_without_a_model_is_refused_by_its_text():
+    @intrinsic
+    def prefetch(typingctx, address):
+        def lower(context, builder, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+            asm = ir.InlineAsm(kind, "prefetchu.L1 [$0];", "l", side_effect=True)
+            builder.call(asm, args)
+            return context.get_dummy_value()
+
+        return types.none(types.uint64), lower
+
+    def kernel(words, number):
+        prefetch(words)
+
+    with pytest.raises(NotImplementedError, match=r"prefetchu\.L1 \[\$0\]"):
+        cpuexec.compile_kernel(kernel, ADDRESS_AND_NUMBER)
+
+
+def test_launches_that_make_no_sense_are_refused(memory):
+    kernel = cpuexec.compile_kernel(touch_byte, ADDRESS_AND_NUMBER)
+    words = memory.array(64, np.uint32)
+    args = (memory.address(words), 0)
+    for launch, message in [
+        (Launch(kernel, 1, 1025, args), "more than 1024 threads"),
+        (Launch(kernel, 0, 32, args), "no size of a grid"),
+        (Launch(kernel, 1, 32, args[:1]), "takes 2 arguments, not 1"),
+        (Launch(kernel, 1, 32, args, after=0), "cannot come after launch 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cpuexec.run(launch, memory)
+    with pytest.raises(ValueError, match="is none of"):
+        cpuexec.run(Launch(kernel, 1, 32, args), memory, schedule="fair")
+    with pytest.raises(ValueError, match="make no sense"):
+        cpuexec.run(Launch(kernel, 1, 32, args), memory, preempt=2.0)
