@@ -160,9 +160,9 @@ def violations(report: Report, limit: Limit, case: Case) -> list[str]:
         ("loads", report.loads, case.load_bytes, limit.row_loads),
         ("stores", report.stores, case.store_bytes, limit.row_stores),
     ):
-        n = counts.get(8 * n_bytes, 0)
-        if n < least:
-            over.append(f"{n} {what} of {8 * n_bytes} bits < {least}")
+        n, wanted = counts.get(8 * n_bytes, 0), min(least, case.units)
+        if n < wanted:
+            over.append(f"{n} {what} of {8 * n_bytes} bits < {wanted}")
     return over + [f"{what}: {n} instructions" for what, n in report.forbidden.items()]
 
 

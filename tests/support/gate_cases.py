@@ -16,23 +16,26 @@ from hps_numba.kernels.cuda.update import update_kernel
 
 # Widths of every unit, rows of less than a warp, of a warp, and of many.
 DIMS = (1, 3, 16, 32, 64, 128, 256, 1000)
-# Stored and handed out.
-TYPES = (
-    ("float32", "float32"),
-    ("float16", "float16"),
-    ("float16", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, and how wide a unit of its rows is; 0 for a kernel without rows."""
+    """A kernel, and how its rows move.
+
+    Parameters
+    ----------
+    spec
+        The kernel.
+    load_bytes, store_bytes
+        What a lane loads and stores of a row at once; 0 for a kernel without rows.
+    units
+        How many of these a lane has to move, which bounds what can be in flight.
+    """
 
     spec: KernelSpec
     load_bytes: int = 0
     store_bytes: int = 0
+    units: int = 0
 
 
 def cases() -> list[Case]:
@@ -58,21 +61,26 @@ def cases() -> list[Case]:
 
 
 def _reading(spec: KernelSpec, rows: RowLayout) -> Case:
-    return Case(spec, rows.load_bytes, rows.store_bytes)
+    """A warp hands out 32 rows: a lane moves as many units as a row has."""
+    return Case(spec, rows.load_bytes, rows.store_bytes, rows.units)
 
 
 def _writing(spec: KernelSpec, rows: RowLayout) -> Case:
-    """Rows come in and are kept as they are stored."""
+    """A warp keeps one row, as it came in."""
     n_bytes = widest(rows.row_bytes)
-    return Case(spec, n_bytes, n_bytes)
+    return Case(spec, n_bytes, n_bytes, -(-rows.row_bytes // (32 * n_bytes)))
 
 
 def row_layouts() -> list[RowLayout]:
     """Return every dimension of float32 rows, and of the others one of each unit."""
-    wide = [RowLayout(dim) for dim in DIMS]
-    others = [
+    return [
         RowLayout(dim, stored, out)
-        for stored, out in TYPES[1:]
-        for dim in (1, 3, 32, 128, 1000)
+        for stored, out, dims in (
+            ("float32", "float32", DIMS),
+            ("float16", "float16", (1, 3, 32, 1000)),
+            ("bfloat16", "bfloat16", (3, 128)),
+            ("float16", "float32", (1, 64, 1000)),
+            ("bfloat16", "float32", (3, 128)),
+        )
+        for dim in dims
     ]
-    return wide + others

@@ -207,9 +207,13 @@ def test_narrow_stores_in_place_of_wide_ones_are_seen() -> None:
     found = report(copies_words)
     assert found.loads == {128: 1}
     assert found.stores == {32: 4}
-    case = Case(KernelSpec("k", copies_words, "UU"), load_bytes=16, store_bytes=16)
+    spec = KernelSpec("k", copies_words, "UU")
+    case = Case(spec, load_bytes=16, store_bytes=16, units=1)
     limit = dataclasses.replace(LOOSE, row_loads=1, row_stores=1)
     assert gate.violations(found, limit, case) == ["0 stores of 128 bits < 1"]
+    more = dataclasses.replace(limit, row_loads=4, row_stores=0)
+    several = dataclasses.replace(case, units=3)
+    assert gate.violations(found, more, several) == ["1 loads of 128 bits < 3"]
 
 
 def test_a_fence_and_every_width_are_counted() -> None:
