@@ -76,7 +76,7 @@ def disassemble(cubin: Cubin) -> list[str]:
         file.write(cubin.code)
         file.flush()
         text = subprocess.run(
-            [tool, "-c", file.name], check=True, capture_output=True, text=True
+            [tool, "-c", "-ndf", file.name], check=True, capture_output=True, text=True
         ).stdout
     return [found for found in _INSTRUCTION.findall(text) if found != "NOP"]
 

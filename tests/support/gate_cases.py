@@ -42,9 +42,9 @@ def cases() -> list[Case]:
     """Return every kernel in the shapes that differ."""
     found = [Case(spec) for spec in (evict_kernel(), clear_kernel(), dump_kernel())]
     for rows in row_layouts():
-        found += [_reading(query_kernel(rows, Policy.LRU), rows)]
+        found.append(_reading(query_kernel(rows, Policy.LRU), rows))
         if rows.out == rows.stored:
-            found += [_writing(insert_kernel(rows, Policy.LRU), rows)]
+            found.append(_writing(insert_kernel(rows, Policy.LRU), rows))
     for rows in (RowLayout(32), RowLayout(128, "float16", "float32"), RowLayout(3)):
         found += [
             _reading(scatter_kernel(rows), rows),
@@ -52,11 +52,12 @@ def cases() -> list[Case]:
             _reading(pooled_scatter_kernel(rows), rows),
             _writing(update_kernel(rows), rows),
         ]
-        for policy in (Policy.LFU, Policy.STATIC):
-            found += [
-                _reading(query_kernel(rows, policy), rows),
-                _writing(insert_kernel(rows, policy), rows),
-            ]
+    for policy in (Policy.LFU, Policy.STATIC):
+        rows = RowLayout(32)
+        found += [
+            _reading(query_kernel(rows, policy), rows),
+            _writing(insert_kernel(rows, policy), rows),
+        ]
     return found
 
 
