@@ -108,11 +108,14 @@ static Meeting *find_meeting(Fiber *fiber, int operation, uint32_t mask, uint32_
              fiber->lane, mask);
     for (int i = 0; i < warp->n_meetings; i++) {
         Meeting *meeting = &warp->meetings[i];
-        if (!(meeting->mask & mask)) continue;
         const char *other = NAMES[meeting->operation];
-        if (meeting->mask != mask)
-            fail(-1, "divergence: %s with mask %#x while lanes wait at a %s with mask %#x",
-                 NAMES[operation], mask, other, meeting->mask);
+        if (meeting->mask != mask) {
+            // Whoever waits there may come here next, but not while it waits for this lane.
+            if (has(meeting->mask, fiber->lane) && (meeting->arrived & mask))
+                fail(-1, "divergence: %s with mask %#x while lanes wait at a %s with mask %#x",
+                     NAMES[operation], mask, other, meeting->mask);
+            continue;
+        }
         if (meeting->operation != operation)
             fail(-1, "divergence: %s while other lanes of mask %#x wait at a %s",
                  NAMES[operation], mask, other);

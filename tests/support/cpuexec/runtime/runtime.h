@@ -64,7 +64,8 @@ typedef struct {
     uint32_t predicate;  // what it brought to the block's barrier
 } Fiber;
 
-// Lanes of one mask that wait for each other. Masks of a warp's meetings are disjoint.
+// Lanes of one mask that wait for each other. A warp has no two meetings of one mask, and
+// no more than it has lanes: each has a lane that waits there and nowhere else.
 typedef struct {
     uint32_t mask, arrived;
     int operation;
