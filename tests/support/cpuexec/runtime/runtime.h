@@ -1,6 +1,8 @@
 // A CUDA thread is a fiber. A worker (OS thread) runs the fibers of its own blocks one at
 // a time, so that nothing about a block is ever touched by two OS threads.
 #pragma once
+#include <pthread.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -103,7 +105,16 @@ struct Block {
     Fiber *fibers;
 };
 
-typedef struct Run Run;
+// The lock guards the jobs' counts, the turn and the result. `stopped` is set under it and
+// read without.
+typedef struct {
+    const RunSpec *spec;
+    Job *jobs;
+    pthread_mutex_t lock;
+    RunResult *result;
+    int32_t turn;
+    volatile int stopped;
+} Run;
 
 struct Worker {
     Run *run;
@@ -128,14 +139,22 @@ struct Worker {
 
 extern __thread Worker *this_worker __attribute__((tls_model("initial-exec")));
 
+static inline const RunSpec *run_spec(const Worker *worker) { return worker->run->spec; }
+
+// running.c
+void fail_for(Worker *worker, const Fiber *fiber, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+void fail(int64_t range, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
 // scheduler.c
-const RunSpec *run_spec(const Worker *worker);
+int64_t next_countdown(Worker *worker);
+uint64_t next_random(Worker *worker);
+Fiber *choose(Worker *worker);
 uint64_t draw(Worker *worker, uint64_t bound);
 void make_ready(Worker *worker, Warp *warp, uint32_t lanes);
 void give_way(Worker *worker);
 void wait_for_others(Worker *worker);
 void preempt(Worker *worker);
-void fail(int64_t range, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 // fibers.c
 bool give_stacks(Fiber *fibers, int n);
