@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.support.cpuexec.building import runtime
 from tests.support.cpuexec.compiling import Kernel
-from tests.support.cpuexec.memory import Allocation, DeviceMemory
+from tests.support.cpuexec.memory import DeviceMemory
 
 Size = int | tuple[int, ...]
 
@@ -169,9 +169,7 @@ def run_together(
         raise ValueError(f"schedule {schedule!r} is none of {sorted(_SCHEDULES)}")
     if not 0 <= preempt <= 1 or workers < 1 or resident < 1:
         raise ValueError(f"{preempt=}, {workers=}, {resident=} make no sense")
-    allocations = memory.allocations()
-    lows = np.array([one.low for one in allocations], np.uint64)
-    highs = np.array([one.low + one.n_bytes for one in allocations], np.uint64)
+    lows, highs = memory.ranges()
     packed = [_pack(launch, memory) for launch in launches]
     jobs = (_JobSpec * max(1, len(launches)))()
     for index, (launch, arguments) in enumerate(zip(launches, packed, strict=True)):
@@ -184,14 +182,15 @@ def run_together(
         workers=workers,
         schedule=_SCHEDULES[schedule],
         n_jobs=len(launches),
-        n_ranges=len(allocations),
+        n_ranges=len(lows),
         lows=lows.ctypes.data,
         highs=highs.ctypes.data,
     )
     result = _RunResult()
     runtime().nv_run(ctypes.byref(spec), jobs, ctypes.byref(result))
     if result.failed:
-        raise _error(result, launches, allocations)
+        place = "" if result.range < 0 else memory.describe(int(lows[result.range]))
+        raise _error(result, launches, place)
     return int(result.steps)
 
 
@@ -231,11 +230,7 @@ def _fill_job(
     job.after = -1 if launch.after is None else launch.after
 
 
-def _error(
-    result: _RunResult, launches: Sequence[Launch], allocations: list[Allocation]
-) -> KernelError:
-    reason = result.reason.decode()
-    if result.range >= 0:
-        reason += f" {allocations[result.range].what}"
+def _error(result: _RunResult, launches: Sequence[Launch], place: str) -> KernelError:
+    reason = f"{result.reason.decode()} {place}".rstrip()
     kernel = launches[result.job].kernel.name if result.job >= 0 else ""
     return KernelError(kernel, tuple(result.block), result.thread, reason)

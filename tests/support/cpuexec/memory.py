@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array as arrays
+import bisect
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,8 @@ _GAP_BYTES = 256  # between two allocations, so that running over one never hits
 
 @dataclass(frozen=True)
 class Allocation:
-    """One range that kernels may touch."""
+    """What an allocation is, in words, and the array that owns its bytes."""
 
-    low: int
-    n_bytes: int
     what: str
     owner: npt.NDArray[np.uint8]
 
@@ -34,6 +34,9 @@ class DeviceMemory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._allocations: dict[int, Allocation] = {}  # guarded by _lock
+        # Where allocations begin and end, both ascending.
+        self._lows = arrays.array("Q")  # guarded by _lock
+        self._highs = arrays.array("Q")  # guarded by _lock
         self._n_made = 0  # guarded by _lock
 
     def array(self, shape: int | tuple[int, ...], dtype: Any, fill: Any = 0) -> Any:
@@ -57,7 +60,9 @@ class DeviceMemory:
         with self._lock:
             what = f"allocation {self._n_made} ({kind}, shape {shape}, {n_bytes} bytes)"
             self._n_made += 1
-            self._allocations[low] = Allocation(low, n_bytes, what, owner)
+            self._allocations[low] = Allocation(what, owner)
+            bisect.insort(self._lows, low)
+            bisect.insort(self._highs, low + n_bytes)
         return array
 
     def copy(self, array: npt.ArrayLike) -> Any:
@@ -77,9 +82,9 @@ class DeviceMemory:
         """
         address = int(array.ctypes.data)
         with self._lock:
-            for one in self._allocations.values():
-                if one.low <= address <= one.low + one.n_bytes:
-                    return address
+            place = bisect.bisect_right(self._lows, address) - 1
+            if place >= 0 and address <= self._highs[place]:
+                return address
         raise ValueError(f"the array at {address:#x} is not of this device memory")
 
     def free(self, array: Any) -> None:
@@ -90,11 +95,20 @@ class DeviceMemory:
         ValueError
             If the array is no allocation of this memory, or has been freed.
         """
+        address = int(array.ctypes.data)
         with self._lock:
-            if self._allocations.pop(int(array.ctypes.data), None) is None:
+            if self._allocations.pop(address, None) is None:
                 raise ValueError("the array is no allocation, or has been freed")
+            place = bisect.bisect_left(self._lows, address)
+            del self._lows[place], self._highs[place]
 
-    def allocations(self) -> list[Allocation]:
-        """Return what is allocated, by ascending address."""
+    def ranges(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Return where allocations begin and end, by ascending address."""
         with self._lock:
-            return [self._allocations[low] for low in sorted(self._allocations)]
+            return np.array(self._lows, np.uint64), np.array(self._highs, np.uint64)
+
+    def describe(self, low: int) -> str:
+        """Return words for the allocation that begins at an address."""
+        with self._lock:
+            known = self._allocations.get(low)
+        return known.what if known else f"an allocation at {low:#x}, freed meanwhile"
