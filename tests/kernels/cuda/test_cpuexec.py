@@ -265,6 +265,38 @@ def test_inline_ptx_without_a_model_is_refused_by_its_text():
         cpuexec.compile_kernel(kernel, ADDRESS_AND_NUMBER)
 
 
+def test_a_choice_among_constants_needs_no_table_in_memory():
+    def kernel(words, number):
+        thread = u32(cuda.threadIdx.x)
+        kind = u32(thread % u32(6))
+        width = u32(1)
+        if kind == u32(0):
+            width = u32(16)
+        elif kind == u32(1):
+            width = u32(80)
+        elif kind == u32(2):
+            width = u32(7)
+        elif kind == u32(3):
+            width = u32(1000)
+        elif kind == u32(4):
+            width = u32(3)
+        store_u32(words + u64(thread) * u64(4), width)
+
+    expected = np.array([16, 80, 7, 1000, 3, 1])[np.arange(64) % 6]
+    np.testing.assert_array_equal(run_on_words(kernel), expected)
+
+
+def test_an_array_of_constants_is_refused():
+    table = np.arange(100, dtype=np.uint32)
+
+    def kernel(words, number):
+        constants = cuda.const.array_like(table)
+        store_u32(words, constants[number])
+
+    with pytest.raises(NotImplementedError, match="arrays of a module"):
+        cpuexec.compile_kernel(kernel, ADDRESS_AND_NUMBER)
+
+
 def test_launches_that_make_no_sense_are_refused(memory):
     kernel = cpuexec.compile_kernel(touch_byte, ADDRESS_AND_NUMBER)
     words = memory.array(64, np.uint32)

@@ -28,6 +28,7 @@ _INLINE = re.compile(
 _CLEAR = re.compile(
     r"store \[(\d+) x (\w+)\] zeroinitializer, \[\1 x \2\]\* (%\S+)$", re.MULTILINE
 )
+_DEFINE = re.compile(r"^(define [^{\n]*?) ?(\{?)$", re.MULTILINE)
 _OPERAND_TYPE = re.compile(r"\s*(\{.*?\}|<.*?>|[\w*]+)\s")
 _ELEMENT_BYTES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "i32": 4, "float": 4}
 _ELEMENT_BYTES |= {"i64": 8, "double": 8}
@@ -72,6 +73,8 @@ def _body(text: str, models: _Models) -> str:
     text = _INLINE.sub(lambda found: _inline_call(found, models), text)
     if left := re.search(r"^.* asm .*$", text, re.M):
         raise NotImplementedError(f"inline PTX in a new form: {left[0].strip()}")
+    # A table of constants in place of a switch would be read outside device memory.
+    text = _DEFINE.sub(r'\1 "no-jump-tables"="true" \2', text)
     text = _modelled_calls(text, models)
     return target_lines() + intrinsics.convert_halves(text)
 
