@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import platform
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,14 @@ from hps_numba.kernels.cuda.ptx import (
     add_u32,
     load_row,
     load_u8,
+    load_u32,
     store_row,
     store_u8,
     store_u32,
 )
 from tests.kernels.cuda.word_kernels import ADDRESS_AND_NUMBER, run_on_words
 from tests.support import cpuexec
-from tests.support.cpuexec import DeviceMemory, KernelError, Launch
+from tests.support.cpuexec import DeviceMemory, KernelError, Launch, building
 from tests.support.cpuexec.compiling import llvm_texts
 
 u32, u64 = np.uint32, np.uint64
@@ -313,3 +316,51 @@ def test_launches_that_make_no_sense_are_refused(memory):
         cpuexec.run(Launch(kernel, 1, 32, args), memory, schedule="fair")
     with pytest.raises(ValueError, match="make no sense"):
         cpuexec.run(Launch(kernel, 1, 32, args), memory, preempt=2.0)
+
+
+def test_the_runtime_builds_without_warnings(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-Werror"))
+    for _ in range(2):  # the second time it is there
+        assert building.runtime.__wrapped__().nv_run
+    assert len(list(tmp_path.glob("hps_numba/cpuexec/*"))) == 1
+
+
+def test_what_keeps_the_runtime_from_building_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as context:
+        context.setattr(building, "_FLAGS", ("-fno-such-flag",))
+        with pytest.raises(RuntimeError, match=r"does not build:\n.*no-such-flag"):
+            building.runtime.__wrapped__()
+    with monkeypatch.context() as context:
+        context.setenv("PATH", str(tmp_path))
+        with pytest.raises(RuntimeError, match="needs a C compiler: install gcc"):
+            building.runtime.__wrapped__()
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(RuntimeError, match="this is Linux on aarch64"):
+        building.runtime.__wrapped__()
+
+
+def test_kernels_are_compiled_once_for_what_they_mean():
+    def make(step: int, load: Any) -> Any:
+        def kernel(words, number):
+            store_u32(words, u32(load(words) + u32(step)))
+
+        return kernel
+
+    def compiled(step: int, load: Any) -> cpuexec.Kernel:
+        return cpuexec.compile_kernel(make(step, load), ADDRESS_AND_NUMBER)
+
+    assert compiled(1, load_u32) is compiled(1, load_u32)
+    assert compiled(1, load_u32) is not compiled(2, load_u32)
+    assert compiled(1, load_u32) is not compiled(1, load_u8)
+
+
+def test_a_kernel_of_cuda_jit_is_taken_for_its_function():
+    @cuda.jit
+    def kernel(words, number):
+        store_u32(words, number)
+
+    assert run_on_words(kernel, 5)[0] == 5
+    with cpuexec.without_driver():
+        assert dispatcher.get_current_device().compute_capability == (9, 0)

@@ -89,7 +89,7 @@ def _refuse_unknown(module: Any) -> None:
         for one in module.functions
         if one.is_declaration
         and one.name not in known
-        and not one.name.startswith("llvm.")
+        and (not one.name.startswith("llvm.") or one.name.startswith("llvm.masked."))
     ]
     if unknown:
         raise NotImplementedError(f"functions have no CPU model: {unknown}")

@@ -36,6 +36,8 @@ _SHUFFLE = re.compile(
 _FENCE = re.compile(r"fence\.(?P<how>acq_rel|sc)\.(?:gpu|cta|sys);")
 _REGISTER = re.compile(r"mov\.u32 \$0, %(?P<name>lanemask_lt|dynamic_smem_size);")
 
+_RECIPROCAL = re.compile(r"rcp\.approx\.ftz\.f32 \$0, \$1;")
+
 _ORDERS = {"relaxed": "monotonic", "acquire": "acquire", "release": "release"}
 _ORDERS |= {"acq_rel": "acq_rel"}
 _KINDS = {"float": 32, "double": 64}
@@ -222,6 +224,17 @@ def _just(*lines: str) -> Callable[[_Call], list[str]]:
     return lambda call: list(lines)
 
 
+def _reciprocal(call: _Call) -> list[str]:
+    # An instruction that may be wrong in its last bit is wrong in its last bit here.
+    return [
+        "%q = fdiv float 1.0, %a0",
+        "%b = bitcast float %q to i32",
+        "%m = and i32 %b, -2",
+        "%r = bitcast i32 %m to float",
+        "ret float %r",
+    ]
+
+
 _MODELS: dict[re.Pattern[str], Callable[[_Call], list[str]]] = {
     _LOAD: _load,
     _STORE: _store,
@@ -230,6 +243,7 @@ _MODELS: dict[re.Pattern[str], Callable[[_Call], list[str]]] = {
     _SWAP: _swap,
     _SHUFFLE: _shuffle,
     _FENCE: _fence,
+    _RECIPROCAL: _reciprocal,
     _REGISTER: _register,
     re.compile(r"nanosleep\.u32 (?:\$0|\d+);"): _just(
         "call void @nv_yield()", "ret void"

@@ -13,7 +13,7 @@ enum {
     LONGEST_TURN = 4096,
     // PRIORITY: one preemption in so many gives the running warp a new priority.
     CHANGE_POINTS = 8,
-    LOOK_AROUND = 512,
+    LOOK_AROUND = 512,  // switches after which the scheduler has a turn
 };
 
 uint64_t next_random(Worker *worker) {
