@@ -53,9 +53,9 @@ def snapshot(meta, slots, lane):
         taken = load_u8(meta + u64(DIGESTS) + u64(lane)) != u32(0)
         key = load_u64(slots + u64(lane) * u64(KEY_BYTES))
     fence()
-    still = load_u32(meta) == seq and (seq & u32(1)) == u32(0)
-    same = still and shuffle_u32(seq, u32(0)) == seq
-    return taken, key, cuda.ballot_sync(FULL_WARP, same) == u32(FULL_WARP)
+    common = shuffle_u32(seq, u32(0))
+    still = load_u32(meta) == seq and seq == common and (seq & u32(1)) == u32(0)
+    return taken, key, u32(cuda.ballot_sync(FULL_WARP, still)) == u32(FULL_WARP)
 
 
 @cache

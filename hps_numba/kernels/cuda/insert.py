@@ -179,8 +179,8 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                             store_u64(evicted + i * u64(KEY_BYTES), load_u64(entry))
                         store_u64(entry, key)
                         store_u8(meta + u64(DIGESTS) + u64(way), digest_of(hashed))
-                        score = meta + u64(SCORES) + u64(way)
-                        score_of(table, score, outcome == _REPLACED)
+                        if outcome != _REPLACED:
+                            score_of(table, meta + u64(SCORES) + u64(way))
                     seq = u32(seq + u32(2))
                 unlock_set(meta, seq)
         if lane == u32(0):

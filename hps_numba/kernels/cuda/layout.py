@@ -75,7 +75,7 @@ class Outcome(IntEnum):
     SKIPPED = 0  # not selected
     REPLACED = 1  # it was there; its row is new
     INSERTED = 2  # into an empty way
-    EVICTED = 3  # inserted in place of another key; or, in an eviction, gone
+    EVICTED = 3  # inserted in place of another key; of an eviction, gone
     STALE = 4  # refused: the key was updated since its row was read
     TURNED_AWAY = 5  # by the doorkeeper
     FULL = 6  # no way is free, and nobody yields

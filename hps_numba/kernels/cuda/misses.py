@@ -47,6 +47,7 @@ from hps_numba.kernels.cuda.ptx import (
     store_u64,
     swap_u64,
 )
+from hps_numba.kernels.cuda.scores import step_of
 
 u32, u64 = np.uint32, np.uint64
 
@@ -188,4 +189,4 @@ def publish(counters, result, table, n_keys):
     store_u64(counters + u64(8), u64(0))
     add_u64(table + u64(HITS), u64(n_hits))
     add_u64(table + u64(MISSES), u64(n_missing))
-    add_u64(table + u64(CLOCK), n_keys)
+    add_u64(table + u64(CLOCK), step_of(table, n_keys))

@@ -119,7 +119,7 @@ def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
         spoilt = hit and not unchanged(meta, seq)
         lost = cuda.ballot_sync(FULL_WARP, spoilt) != 0
         if hit and not spoilt:
-            touch(table, meta + u64(SCORES) + u64(way))
+            touch(table, meta + u64(SCORES) + u64(way), end - start)
         missed = live and (spoilt or not hit)
         unnamed = missed and not named
         first = name_keys(work, n_table, keys, start, end, position, unnamed, unnamed)

@@ -89,7 +89,7 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                 gather(base, number, target, wanted, lane)
             fence()
             if found and unchanged(meta, seq):
-                touch(table, meta + u64(SCORES) + u64(way))
+                touch(table, meta + u64(SCORES) + u64(way), end - start)
                 hit, pending = True, False
             elif not found and (seq & u32(1)) == u32(0):
                 pending = False

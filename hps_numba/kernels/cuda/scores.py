@@ -1,7 +1,8 @@
 """What hits and inserts leave in a way's score, and which way of a full set yields.
 
-LRU: a score is the tick of the table's clock at the last use, modulo 256. The way whose
-tick is longest ago yields. LFU: a score counts uses, roughly as a logarithm.
+LRU: a score is the tick of the table's clock at the last use, modulo 256. The way
+whose tick is longest ago yields. LFU: a score counts uses, roughly as a logarithm. The
+numbers here come from ``docs/decisions/0005-cache-policies.md``.
 """
 
 from __future__ import annotations
@@ -23,20 +24,27 @@ from hps_numba.kernels.cuda.ptx import (
 
 u32, u64 = np.uint32, np.uint64
 
-LFU_START = 8
-LFU_STEPS_SHIFT = 3  # counts a doubling takes: 2 ** 3
+AGE_AT_INSERT = 2  # ticks: hits outlive what came in beside them
+LFU_STEPS_SHIFT = 4  # counts a doubling of the odds takes: 2 ** 4
 
 
 @cuda.jit(device=True, forceinline=True)
-def tick_of(table):
-    """Return the clock of a table's scores, modulo 256."""
-    clock = load_u64(table + u64(CLOCK))
+def step_of(table, n_keys):
+    """Return how far a query moves the clock: one tick at most, however many keys."""
+    tick = u64(1) << load_const_u64(table + u64(TICK_SHIFT))
+    return min(n_keys, tick)
+
+
+@cuda.jit(device=True, forceinline=True)
+def tick_after(table, step):
+    """Return the tick, modulo 256, of a table's clock after another ``step``."""
+    clock = load_u64(table + u64(CLOCK)) + step
     return u32((clock >> load_const_u64(table + u64(TICK_SHIFT))) & u64(0xFF))
 
 
 @cuda.jit(device=True, forceinline=True)
 def chance(table, score, count):
-    """Return true once in 2 ** (count >> 3) uses, by the way's place and the clock."""
+    """Return true once in 2 ** (count >> 4) uses, by the way's place and the clock."""
     mixed = (score ^ load_u64(table + u64(CLOCK))) * u64(0x9E3779B97F4A7C15)
     odds = u32(u32(u32(1) << u32(count >> u32(LFU_STEPS_SHIFT))) - u32(1))
     return (u32(mixed >> u64(32)) & odds) == u32(0)
@@ -46,23 +54,25 @@ def chance(table, score, count):
 def toucher(policy: Policy) -> Any:
     """Return a device function that records a hit; others may be writing the score.
 
-    A late store may fall on a way that has just changed its owner: harmless.
+    Hits of a launch bear the tick that the clock will show after it, and so do inserts
+    of what it missed. A late store may fall on a way that has just changed its owner:
+    harmless.
     """
 
     @cuda.jit(device=True, forceinline=True)
-    def touch_lru(table, score):
-        tick = tick_of(table)
+    def touch_lru(table, score, n_keys):
+        tick = tick_after(table, step_of(table, n_keys))
         if load_u8(score) != tick:
             store_u8(score, tick)
 
     @cuda.jit(device=True, forceinline=True)
-    def touch_lfu(table, score):
+    def touch_lfu(table, score, n_keys):
         count = load_u8(score)
         if count < u32(255) and chance(table, score, count):
             store_u8(score, u32(count + u32(1)))
 
     @cuda.jit(device=True, forceinline=True)
-    def touch_nothing(table, score):
+    def touch_nothing(table, score, n_keys):
         pass
 
     return {
@@ -75,9 +85,10 @@ def toucher(policy: Policy) -> Any:
 @cuda.jit(device=True, forceinline=True)
 def least_in_warp(rank, lane):
     """Return the smallest uint32 of a warp, to all its lanes."""
-    for distance in (16, 8, 4, 2, 1):
-        other = shuffle_u32(rank, u32(lane ^ u32(distance)))
-        rank = min(rank, other)
+    distance = u32(16)
+    while distance > u32(0):
+        rank = min(rank, shuffle_u32(rank, u32(lane ^ distance)))
+        distance = u32(distance >> u32(1))
     return rank
 
 
@@ -86,7 +97,8 @@ def victim_chooser(policy: Policy) -> Any:
     """Return a device function: the way that yields in a full set, as a warp.
 
     Among equals the choice rotates with the set's number, so that keys inserted within
-    one tick do not push each other out of one way.
+    one tick do not push each other out of one way. Counts of LFU are halved when the
+    turn comes round, so that what was popular once can go.
     """
 
     @cuda.jit(device=True, forceinline=True)
@@ -94,9 +106,14 @@ def victim_chooser(policy: Policy) -> Any:
         rank = u32(0xFFFFFFFF)
         turn = u32((seq >> u32(1)) % u32(WAYS))
         if lane < u32(WAYS):
-            worth = load_u8(meta + u64(SCORES) + u64(lane))
+            score = meta + u64(SCORES) + u64(lane)
+            worth = load_u8(score)
             if policy == Policy.LRU:
-                worth = u32(u32(255) - u32(u32(tick_of(table) - worth) & u32(255)))
+                age = u32(u32(tick_after(table, u64(0)) - worth) & u32(255))
+                worth = u32(u32(255) - age)
+            elif turn == u32(0):
+                worth = u32(worth >> u32(1))
+                store_u8(score, worth)
             order = u32(lane + u32(WAYS) - turn)
             if order >= u32(WAYS):
                 order = u32(order - u32(WAYS))
@@ -109,19 +126,19 @@ def victim_chooser(policy: Policy) -> Any:
 
 @cache
 def scorer(policy: Policy) -> Any:
-    """Return a device function that scores a way whose row has just been written."""
+    """Return a device function that scores a way which has just got another key."""
 
     @cuda.jit(device=True, forceinline=True)
-    def score_lru(table, score, replaced):
-        store_u8(score, tick_of(table))
+    def score_lru(table, score):
+        tick = tick_after(table, u64(0))
+        store_u8(score, u32(tick - u32(AGE_AT_INSERT)) & u32(0xFF))
 
     @cuda.jit(device=True, forceinline=True)
-    def score_lfu(table, score, replaced):
-        if not replaced:
-            store_u8(score, u32(LFU_START))
+    def score_lfu(table, score):
+        store_u8(score, u32(0))
 
     @cuda.jit(device=True, forceinline=True)
-    def score_nothing(table, score, replaced):
+    def score_nothing(table, score):
         pass
 
     return {
