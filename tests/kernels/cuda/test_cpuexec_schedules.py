@@ -11,11 +11,14 @@ from numba import cuda
 from numba.cuda import types
 
 from hps_numba.kernels.cuda.ptx import (
+    FULL_WARP,
     add_u32,
+    fence,
     load_row,
     load_u32,
     store_row,
     store_u32,
+    swap_u64,
 )
 from tests.kernels.cuda.word_kernels import ADDRESS_AND_NUMBER
 from tests.support import cpuexec
@@ -234,11 +237,61 @@ def test_a_sum_without_atomics_is_lost_under_preemption():
     assert max(sum_of(bad, seed, 0.5) for seed in range(5)) < 640
 
 
-def test_a_pre_emption_comes_before_any_access_alike():
+def test_a_switch_before_each_access_loses_nearly_the_whole_sum():
     bad = cpuexec.compile_kernel(add_up_badly, ADDRESS_AND_NUMBER)
     # One thread at a time adds 5; with a switch before each access nearly all is lost.
     assert sum_of(bad, 0, 0.0) == 640
     assert sum_of(bad, 0, 1.0) < 64
+
+
+def load_often(words, n):
+    for _ in range(n):
+        load_u32(words)
+
+
+def store_often(words, n):
+    for _ in range(n):
+        store_16(words, (n, n, n, n))
+
+
+def swap_often(words, n):
+    for _ in range(n):
+        swap_u64(words, u64(n), u64(n))
+
+
+def fence_often(words, n):
+    for _ in range(n):
+        fence()
+
+
+def vote_often(words, n):
+    for _ in range(n):
+        cuda.ballot_sync(u32(FULL_WARP), True)
+
+
+def nap_often(words, n):
+    for _ in range(n):
+        cuda.nanosleep(u32(100))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [load_often, store_often, swap_often, fence_often, vote_often, nap_often],
+)
+def test_each_access_fence_and_collective_is_one_chance_to_switch(memory, function):
+    kernel = cpuexec.compile_kernel(function, ADDRESS_AND_NUMBER)
+    words = memory.array(4, np.uint32)
+
+    def steps(n: int) -> int:
+        launch = Launch(kernel, 1, 32, (memory.address(words), n))
+        return cpuexec.run(launch, memory, preempt=1.0)
+
+    more = steps(30) - steps(20)
+    if function is vote_often:
+        # All lanes but the last one to come also wait.
+        assert more == 10 * (32 + 31)
+    else:
+        assert more == 10 * 32
 
 
 def test_blocks_run_on_several_workers(memory):
