@@ -71,12 +71,13 @@ def is_stale(table, hashed, epoch):
     """Return whether a key was updated after ``epoch``, or its table cleared.
 
     The set is held: an update of the key comes either before, and its stamp is seen, or
-    after, and replaces the row.
+    after, and replaces the row. The floor, and a stamp that keys of other sets share,
+    may change between two lanes' loads, so the warp votes.
     """
     stamp = stamp_of(hashed, load_const_u64(table + u64(STAMP_MASK)))
     stamps = load_const_u64(table + u64(STAMPS))
     later = max(load_u64(stamps + stamp * u64(8)), load_u64(table + u64(FLOOR)))
-    return later > epoch
+    return u32(cuda.ballot_sync(FULL_WARP, later > epoch)) != u32(0)
 
 
 @cuda.jit(device=True, forceinline=True)

@@ -53,7 +53,7 @@ from hps_numba.kernels.cuda.scores import toucher
 u32, u64, f32 = np.uint32, np.uint64, np.float32
 
 MEAN = 4  # flag: sums are divided by the number of the bag's keys
-BLOCK = 256
+BLOCK = 128
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -201,7 +201,7 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
 def pooled_scatter_kernel(rows: RowLayout) -> KernelSpec:
     """Return the scatter that adds fetched rows to the bags that missed them.
 
-    Launch   a warp per bag with misses of one table, 256 threads, no shared memory
+    Launch   a warp per bag with misses of one table, 128 threads, no shared memory
     Reads    the misses of the last pooled query in this workspace, with its bags,
              weights and flags; rows of the stored type (n_rows, dim) without gaps:
              those of unique keys ``first`` and following

@@ -13,6 +13,7 @@ from hps_numba.kernels.cuda.ptx import (
     bits_to_float32,
     float32_to_bits,
     load_const_u32,
+    opaque,
     roughly_inverse,
     shuffle_u32,
 )
@@ -110,8 +111,9 @@ def sum_rows(rows: RowLayout, stride_bytes: int) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def accumulate(base, number, weight, wanted, n_rows, target, fresh, lane):
         """Add rows to the row at ``target``, or begin it where ``fresh``."""
-        for tile in range(0, units, 32):
-            unit = u32(u32(tile) + u32(lane & u32(lanes - 1)))
+        tile, end = u32(0), u32(units) if units <= 32 else opaque(u32(units))
+        while tile < end:
+            unit = u32(tile + u32(lane & u32(lanes - 1)))
             exists = unit < u32(units)
             part = unit if exists else u32(0)
             a, b, c, d = unit_sum(base, number, weight, wanted, n_rows, part, lane)
@@ -137,5 +139,6 @@ def sum_rows(rows: RowLayout, stride_bytes: int) -> Any:
                         float32_to_bits(d),
                     ),
                 )
+            tile = u32(tile + u32(32))
 
     return accumulate

@@ -256,6 +256,18 @@ def _shuffle(builder: Any, value: Any, lane: Any) -> Any:
 
 
 @intrinsic
+def opaque(typingctx, value):
+    """Return a uint32 that the compiler cannot know: a loop to it stays a loop."""
+
+    def lower(context, builder, signature, args):
+        kind = ir.FunctionType(I32, [I32])
+        asm = ir.InlineAsm(kind, "mov.b32 $0, $1;", "=r,r")
+        return builder.call(asm, args)
+
+    return types.uint32(types.uint32), lower
+
+
+@intrinsic
 def multiply_high(typingctx, a, b):
     """Return the upper 64 bits of the product of two uint64."""
 

@@ -32,14 +32,15 @@ u32, u64 = np.uint32, np.uint64
 
 FILL = 1  # flag: misses get the table's default row
 COUNT_UNIQUE = 2  # flag: unique hits are counted as well
-BLOCK = 256
+BLOCK = 128
+MAX_REGISTERS = 72  # fewer spill on compute capability 7.5 and 8.0
 
 
 @cache
 def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     """Return the query of a cache with such rows.
 
-    Launch   grid (blocks of the longest table's keys, n_tables), 256 threads, no shared
+    Launch   grid (blocks of the longest table's keys, n_tables), 128 threads, no shared
              memory; a thread looks for one key, a warp copies the rows of its 32
     Reads    offsets uint64 (n_tables + 1,) or address 0: all ``n`` keys are table 0's;
              keys int64 (n,); sets as ``layout`` describes them
@@ -101,4 +102,4 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
         end_launch(work, n_table, table, end - start)
 
     name = f"query_{rows.name}_{policy.value}"
-    return KernelSpec(name, query, "UUUUUUu", block=BLOCK)
+    return KernelSpec(name, query, "UUUUUUu", block=BLOCK, max_registers=MAX_REGISTERS)

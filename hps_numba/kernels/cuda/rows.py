@@ -12,6 +12,7 @@ from hps_numba.kernels.cuda.layout import RowLayout, widest
 from hps_numba.kernels.cuda.ptx import (
     float16_bits_to_float32_bits,
     load_row,
+    opaque,
     shuffle_u32,
     shuffle_u64,
     store_out,
@@ -151,14 +152,17 @@ def gather_rows(rows: RowLayout, stride_bytes: int, *, contiguous: bool) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def gather(base, number, target, wanted, lane):
         """Copy row ``number`` of those at ``base``, for lanes in ``wanted``."""
-        for start in range(0, units, 4):
-            first = u32(u32(start) * u32(32) + lane)
+        # Unrolled further, the loop would need more registers than it has time to win.
+        end = opaque(u32(units))
+        start = u32(0)
+        while start < end:
+            first = u32(start * u32(32) + lane)
             second = u32(first + u32(32))
             third = u32(first + u32(64))
             fourth = u32(first + u32(96))
-            has_second = whole_rounds or start + 1 < units
-            has_third = whole_rounds or start + 2 < units
-            has_fourth = whole_rounds or start + 3 < units
+            has_second = whole_rounds or u32(start + u32(1)) < u32(units)
+            has_third = whole_rounds or u32(start + u32(2)) < u32(units)
+            has_fourth = whole_rounds or u32(start + u32(3)) < u32(units)
             a = fetch(base, number, first)
             b = c = d = a
             if has_second:
@@ -174,6 +178,7 @@ def gather_rows(rows: RowLayout, stride_bytes: int, *, contiguous: bool) -> Any:
                 put(target, wanted, third, c)
             if has_fourth:
                 put(target, wanted, fourth, d)
+            start = u32(start + u32(4))
 
     return gather
 

@@ -248,6 +248,7 @@ _MODELS: dict[re.Pattern[str], Callable[[_Call], list[str]]] = {
     re.compile(r"nanosleep\.u32 (?:\$0|\d+);"): _just(
         "call void @nv_yield()", "ret void"
     ),
+    re.compile(r"mov\.b32 \$0, \$1;"): _just("ret i32 %a0"),
     re.compile(r"activemask\.b32 \$0;"): _just(
         "%r = call i32 @nv_active_mask()", "ret i32 %r"
     ),
