@@ -307,6 +307,23 @@ def test_threads_launch_at_once(launcher: CudaLauncher, memory: Memory) -> None:
         assert words.tolist() == [1, i, 19, 2**64 - i if i else 0]
 
 
+def test_a_thread_without_a_device_gets_this_one(
+    launcher: CudaLauncher, memory: Memory
+) -> None:
+    """Even where the stream says it all: not every driver looks there."""
+    stream, seen = launcher.device.create_stream(), []
+
+    def work() -> None:
+        before = int(driver.cuCtxGetCurrent()[1])
+        launcher.launch(NOTHING, (1, 1), (), stream)
+        seen.append((before, int(driver.cuCtxGetDevice()[1])))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(0, 0)]
+
+
 def test_the_current_device_of_a_thread_stays(launcher: CudaLauncher) -> None:
     if len(Device.get_all_devices()) < 2:
         pytest.skip("one device cannot be mixed up")
