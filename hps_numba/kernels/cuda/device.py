@@ -5,7 +5,8 @@ The sequence protocol, with ``seq`` the first word of a set's metadata:
 - A writer makes it odd with a compare-and-swap, fences, changes the set, and stores the
   next even number with release. Whoever finds it odd waits a bounded time.
 - A reader takes no lock. It loads ``seq`` with acquire, reads key and row, fences, and
-  loads ``seq`` again. The same even number means that nobody wrote meanwhile.
+  loads ``seq`` again. The same even number means that nobody wrote meanwhile. Where a
+  warp reads a row together, all its lanes have read before one of them looks again.
 """
 
 from __future__ import annotations
@@ -98,8 +99,15 @@ def probe(meta, keys, key, digest):
 
 
 @cuda.jit(device=True, forceinline=True)
+def end_reads():
+    """Let what any lane of the warp does next come after the loads of all of them."""
+    fence()
+    cuda.syncwarp(FULL_WARP)
+
+
+@cuda.jit(device=True, forceinline=True)
 def unchanged(meta, seq):
-    """Return whether a set's number is still ``seq``; a fence precedes the call."""
+    """Return whether a set's number is still ``seq``, after ``end_reads``."""
     return load_u32(meta) == seq
 
 

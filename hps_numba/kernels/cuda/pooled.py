@@ -14,7 +14,13 @@ import numpy as np
 from numba import cuda
 
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.device import ATTEMPTS, probe, segment, unchanged
+from hps_numba.kernels.cuda.device import (
+    ATTEMPTS,
+    end_reads,
+    probe,
+    segment,
+    unchanged,
+)
 from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of
 from hps_numba.kernels.cuda.layout import (
     COUNTER_BYTES,
@@ -41,7 +47,6 @@ from hps_numba.kernels.cuda.pooling import inverse, sum_rows, weight_at
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
     add_u32,
-    fence,
     load_const_u64,
     load_u32,
     load_u64,
@@ -115,7 +120,7 @@ def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
             load_const_u64(table + u64(ROWS)), number, weight, wanted, n_rows, target,
             fresh, lane,
         )  # fmt: skip
-        fence()
+        end_reads()
         spoilt = hit and not unchanged(meta, seq)
         lost = cuda.ballot_sync(FULL_WARP, spoilt) != 0
         if hit and not spoilt:

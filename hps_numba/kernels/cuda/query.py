@@ -8,7 +8,13 @@ import numpy as np
 from numba import cuda
 
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.device import ATTEMPTS, probe, segment, unchanged
+from hps_numba.kernels.cuda.device import (
+    ATTEMPTS,
+    end_reads,
+    probe,
+    segment,
+    unchanged,
+)
 from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of
 from hps_numba.kernels.cuda.layout import (
     KEY_BYTES,
@@ -24,7 +30,7 @@ from hps_numba.kernels.cuda.layout import (
     RowLayout,
 )
 from hps_numba.kernels.cuda.misses import end_launch, record_misses
-from hps_numba.kernels.cuda.ptx import FULL_WARP, fence, load_const_u64, load_u64
+from hps_numba.kernels.cuda.ptx import FULL_WARP, load_const_u64, load_u64
 from hps_numba.kernels.cuda.rows import gather_rows
 from hps_numba.kernels.cuda.scores import toucher
 
@@ -88,7 +94,7 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
             wanted = u32(cuda.ballot_sync(FULL_WARP, pending and (found or fill)))
             if wanted != u32(0):
                 gather(base, number, target, wanted, lane)
-            fence()
+            end_reads()
             if found and unchanged(meta, seq):
                 touch(table, meta + u64(SCORES) + u64(way), end - start)
                 hit, pending = True, False
