@@ -169,6 +169,8 @@ load_u8 = _load("relaxed.gpu.global", 8)
 load_u32 = _load("relaxed.gpu.global", 32)
 load_u64 = _load("relaxed.gpu.global", 64)
 load_quad = _load_words("relaxed.gpu.global", 4)
+# The same, but an old value will do: L1 may give it, which spares a line that all want.
+load_near_u64 = _load("relaxed.cta.global", 64)
 load_acquire_u32 = _load("acquire.gpu.global", 32)
 store_u8 = _store("relaxed.gpu.global", 8)
 store_u32 = _store("relaxed.gpu.global", 32)
