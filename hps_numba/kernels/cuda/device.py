@@ -99,6 +99,12 @@ def probe(meta, keys, key, digest):
 
 
 @cuda.jit(device=True, forceinline=True)
+def begin_reads():
+    """Let the warp's loads of rows come after the ``seq`` that any of its lanes saw."""
+    cuda.syncwarp(FULL_WARP)
+
+
+@cuda.jit(device=True, forceinline=True)
 def end_reads():
     """Let what any lane of the warp does next come after the loads of all of them."""
     fence()

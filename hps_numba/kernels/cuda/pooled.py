@@ -16,6 +16,7 @@ from numba import cuda
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.device import (
     ATTEMPTS,
+    begin_reads,
     end_reads,
     probe,
     segment,
@@ -115,6 +116,7 @@ def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
                 key = load_u64(keys + position * u64(KEY_BYTES))
                 number, meta, seq, way = look(table, key, number)
         hit = way < u32(WAYS)
+        begin_reads()
         wanted = u32(cuda.ballot_sync(FULL_WARP, live and (hit or fill)))
         accumulate(
             load_const_u64(table + u64(ROWS)), number, weight, wanted, n_rows, target,

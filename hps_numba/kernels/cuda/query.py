@@ -10,6 +10,7 @@ from numba import cuda
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.device import (
     ATTEMPTS,
+    begin_reads,
     end_reads,
     probe,
     segment,
@@ -91,6 +92,7 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                 if way < u32(WAYS):
                     number = u32(slot + u64(way))
             found = way < u32(WAYS)
+            begin_reads()
             wanted = u32(cuda.ballot_sync(FULL_WARP, pending and (found or fill)))
             if wanted != u32(0):
                 gather(base, number, target, wanted, lane)
