@@ -100,7 +100,7 @@ def machine_table(results: Sequence[Result]) -> str:
         for r in results
     }
     head = ("CPU", "cores", "L3", "memory", "kernel", "versions", "commit", "date")
-    return _table(head, sorted(rows))
+    return table(head, sorted(rows))
 
 
 def floors_table(results: Sequence[Result]) -> str:
@@ -128,14 +128,14 @@ def floors_table(results: Sequence[Result]) -> str:
         "kept",
         "marks",
     )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def results_table(results: Sequence[Result]) -> str:
     """Return the results of one benchmark."""
     if results[0].unit != "s":
         rows = [(_own(r, results), r.variant, f"{r.median:.1f}") for r in results]
-        return _table(("of", "variant", results[0].unit), rows)
+        return table(("of", "variant", results[0].unit), rows)
     rows_s = [
         (
             _own(r, results),
@@ -152,7 +152,7 @@ def results_table(results: Sequence[Result]) -> str:
         *("of", "variant", "median ms", "p05", "p95", "p99", "M keys/s"),
         *("ratio", "noise", "marks"),
     )
-    return _table(head, rows_s)
+    return table(head, rows_s)
 
 
 def draw(results: Sequence[Result], directory: Path) -> None:
@@ -199,7 +199,8 @@ def _listed(params: Mapping[str, Param]) -> str:
     return ", ".join(f"{name} {value}" for name, value in params.items())
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
