@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.kernels.cuda.layout import WAYS, Outcome, RowLayout, TableLayout
-from tests.kernels.cuda.harness import Answer, Array, CpuCache, dumped
+from hps_numba.kernels.cuda.layout import Outcome, Policy, RowLayout, TableLayout
+from tests.kernels.cuda.harness import Answer, Array, CpuCache
 
 EDGES = (0, -1, 1, 2**63 - 1, -(2**63))  # keys that others keep for themselves
 _KEY_SHIFT, _VERSION_SHIFT = 20, 8
+DEFAULT = -1.5  # each value of the default row
 MAX_STEPS = 4_000_000
 
 
@@ -66,6 +67,7 @@ class Asked:
     numbers: Array
     answer: Answer
     oldest: Array  # versions that it may return, by number
+    fill: bool = False
 
 
 def hits_of(asked: Asked) -> Array:
@@ -104,6 +106,8 @@ class Reader:
             assert (versions >= oldest).all(), "a row from before an update"
             assert (versions <= newest[numbers]).all(), "a version nobody wrote"
             np.maximum.at(self.seen, numbers, versions)
+            if asked.fill:
+                assert (asked.answer.out[~hit] == DEFAULT).all(), "no default row"
             total += Reads(int(hit.sum()), int((~hit).sum()))
         self.asked.clear()
         return total
@@ -116,15 +120,26 @@ class Arena:
     least. Keys are known by their numbers.
     """
 
-    def __init__(self, seed: int, *, n_sets: int, n_keys: int, dim: int = 12) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        n_sets: int,
+        n_keys: int,
+        dim: int = 12,
+        n_stamps: int = 64,
+        policy: Policy = Policy.LRU,
+    ) -> None:
         self.rng = np.random.default_rng(seed)
         self.keys = numbered_keys(n_keys, seed)
         self.dim = dim
         self.cache = CpuCache(
             RowLayout(dim),
-            [TableLayout(n_sets, n_stamps=64, tick_shift=5)],
+            [TableLayout(n_sets, n_stamps=n_stamps, tick_shift=5)],
+            policy,
             max_steps=MAX_STEPS,
         )
+        self.cache.set_default(0, np.full(dim, DEFAULT, np.float32))
         self.versions = np.zeros(n_keys, np.int64)
         self.epoch = 0
         self.readers = [Reader(np.zeros(n_keys, np.int64)) for _ in range(3)]
@@ -152,16 +167,37 @@ class Arena:
             self.keys[numbers], rows, epoch=self.epoch, stream=stream
         )
 
+    def evict(self, numbers: Array, *, stream: Any = None) -> Array:
+        """Remove keys of the cache."""
+        self.epoch += 1
+        keys = self.keys[numbers]
+        return self.cache.evict(keys, epoch=self.epoch, stream=stream)
+
+    def clear(self, *, stream: Any = None) -> Array:
+        """Remove all keys of the cache."""
+        self.epoch += 1
+        return self.cache.clear(epoch=self.epoch, stream=stream)
+
     def query(
-        self, reader: int, n: int, oldest: Array, *, stream: Any, only: Any = None
+        self,
+        reader: int,
+        n: int,
+        oldest: Array,
+        *,
+        stream: Any,
+        fill: bool = False,
+        work: Any = None,
     ) -> None:
         """Ask for keys, duplicates among them; ``oldest`` are versions by number."""
-        pool = np.arange(len(self.keys)) if only is None else only
-        numbers = self.rng.choice(pool, n)
-        answer = self.cache.query(self.keys[numbers], stream=stream)
-        self.readers[reader].asked.append(Asked(numbers, answer, oldest.copy()))
+        numbers = self.rng.integers(0, len(self.keys), n)
+        answer = self.cache.query(
+            self.keys[numbers], stream=stream, fill=fill, work=work
+        )
+        asked = Asked(numbers, answer, oldest.copy(), fill)
+        self.readers[reader].asked.append(asked)
 
     def check_readers(self) -> Reads:
+        """Look at all answers so far; return how many reads hit and missed."""
         total = Reads()
         for reader in self.readers:
             total += reader.check(self.versions)
@@ -184,47 +220,3 @@ def settle(outcomes: Array, *allowed: Outcome) -> None:
     """Fail if a key had another outcome than one of ``allowed``."""
     wrong = sorted(set(outcomes.tolist()) - {int(one) for one in allowed})
     assert not wrong, f"outcomes {[Outcome(one).name for one in wrong]}"
-
-
-WRITES = (Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED, Outcome.STALE)
-
-
-def mixed_race(arena: Arena, seed: int, *, hold: bool, **schedule: Any) -> Reads:
-    """Race updates, evictions, a clear, inserts, a dump and readers once.
-
-    Without ``hold`` the inserts bring rows of before the updates, with it none of them
-    may pass until the update is through.
-    """
-    before, epoch = arena.versions.copy(), arena.epoch
-    changed, later = arena.some(12), arena.some(8)
-    if hold:
-        arena.cache.hold(arena.keys[changed])
-    outcomes = []
-    with arena.cache.launcher.together(seed, **schedule):
-        for reader in range(2):
-            arena.query(reader, 224, before, stream=f"reader {reader}")
-            arena.query(reader, 224, before, stream=f"reader {reader}")
-        for stream in ("insert 1", "insert 2"):
-            numbers = arena.some(16)
-            outcomes.append(
-                arena.insert(numbers, epoch=epoch, stream=stream, versions=before)
-            )
-        arena.update(changed, stream="update")
-        arena.query(2, 96, arena.versions, stream="update")
-        arena.insert(changed[:8], epoch=arena.epoch, stream="update")
-        if seed % 3 == 0:
-            arena.epoch += 1
-            arena.cache.evict(arena.keys[later], epoch=arena.epoch, stream="update")
-        if seed % 7 == 0:
-            arena.epoch += 1
-            arena.cache.clear(epoch=arena.epoch, stream="update")
-        snapshot = arena.cache.dump(stream="dump")
-    for one in outcomes:
-        settle(one, *WRITES)
-    keys, n_busy = dumped(snapshot)
-    assert len(set(keys.tolist())) == len(keys) <= WAYS * len(arena.cache.seqs())
-    assert set(keys.tolist()) <= set(arena.keys.tolist())
-    assert n_busy == 0
-    total = arena.check_readers()
-    arena.check_cache()
-    return total

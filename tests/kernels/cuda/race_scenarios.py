@@ -1,0 +1,203 @@
+"""Races that tests run over many seeds, and that planted bugs have to lose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from hps_numba.kernels.cuda.layout import WAYS, Outcome, Policy
+from hps_numba.kernels.host.hashing import hash_key
+from tests.kernels.cuda.harness import Array, dumped
+from tests.kernels.cuda.races import Arena, Reads, rows_of
+
+# A warp that is held up for long, and warps that take turns at every few accesses.
+SCHEDULES: list[dict[str, Any]] = [
+    {"schedule": schedule, "preempt": preempt}
+    for schedule in ("uniform", "priority")
+    for preempt in (0.02, 0.1, 0.4)
+]
+_WRITES = {Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED, Outcome.STALE}
+
+
+def settle(outcomes: Array, allowed: set[Outcome]) -> None:
+    """Fail if a key had another outcome than one of ``allowed``."""
+    found = {Outcome(one) for one in outcomes.tolist()}
+    assert found <= allowed, f"outcomes {found - allowed}"
+
+
+def mixed_race(arena: Arena, seed: int, *, hold: bool, **schedule: Any) -> Reads:
+    """Race updates, evictions, a clear, inserts, a dump and readers once.
+
+    The inserts bring rows of before the updates. With ``hold`` none of them may pass
+    until the update is through, so that the update's rows may be backfilled at once.
+    """
+    before, epoch = arena.versions.copy(), arena.epoch
+    changed, outcomes = arena.some(6), []
+    if hold:
+        arena.cache.hold(arena.keys[changed])
+    with arena.cache.launcher.together(seed, **schedule):
+        for turn in range(4):
+            for reader in range(2):
+                fill = (turn + seed) % 2 == 0
+                stream = f"reader {reader}"
+                arena.query(reader, 256, before, stream=stream, fill=fill)
+        for stream in ("insert 1", "insert 2"):
+            old = arena.insert(
+                arena.some(6), epoch=epoch, stream=stream, versions=before
+            )
+            outcomes.append(old)
+        arena.update(changed, stream="update")
+        arena.query(2, 96, arena.versions, stream="update")
+        new = arena.insert(changed[:4], epoch=arena.epoch, stream="update")
+        outcomes.append(new)
+        if seed % 3 == 0:
+            arena.evict(arena.some(6), stream="update")
+        if seed % 7 == 0:
+            arena.clear(stream="update")
+        snapshot = arena.cache.dump(stream="dump")
+    for one in outcomes:
+        settle(one, _WRITES)
+    keys, n_busy = dumped(snapshot)
+    assert len(set(keys.tolist())) == len(keys) <= WAYS * len(arena.cache.seqs())
+    assert set(keys.tolist()) <= set(arena.keys.tolist())
+    assert n_busy == 0
+    total = arena.check_readers()
+    arena.check_cache()
+    return total
+
+
+def mixed_races(seed: int, turns: int, **schedule: Any) -> Reads:
+    """Race for some turns in one small table, filled again before each of them."""
+    n_sets = 1 + seed % 3
+    arena = Arena(seed, n_sets=n_sets, n_keys=32 * n_sets, dim=(12, 5)[seed % 2])
+    total = Reads()
+    for turn in range(turns):
+        arena.insert(arena.some(200), epoch=arena.epoch)
+        hold = bool(turn % 2)
+        total += mixed_race(arena, 100 * seed + turn, hold=hold, **schedule)
+    return total
+
+
+def update_race(seed: int, **schedule: Any) -> Reads:
+    """Race updates with readers of keys that never leave: a miss is handed on."""
+    n_keys = 14 + 10 * (seed % 3)
+    arena = Arena(seed, n_sets=1 + seed % 3, n_keys=n_keys)
+    arena.insert(np.arange(n_keys), epoch=0)
+    with arena.cache.launcher.together(seed, **schedule):
+        before = arena.versions.copy()
+        for _ in range(3):
+            for reader in range(2):
+                arena.query(reader, 256, before, stream=f"reader {reader}")
+        for _ in range(3):
+            settle_later = arena.update(arena.some(4), stream="update")
+            arena.query(2, 64, arena.versions, stream="update")
+    settle(settle_later, {Outcome.REPLACED})
+    total = arena.check_readers()
+    arena.check_cache()
+    assert arena.cache.total("size") == n_keys
+    assert arena.cache.total("updated") == 12
+    return total
+
+
+def backfill_race(seed: int, writer: str, **schedule: Any) -> Counter[Outcome]:
+    """Race old backfills of a few keys with one ``writer``; return their outcomes.
+
+    A lookup has missed, and has read rows of epoch 0 from below. Whatever the
+    interleaving, none of them is there when the writer and the backfills are done.
+    """
+    arena = Arena(seed, n_sets=1, n_keys=6, n_stamps=(1, 64)[seed % 2])
+    old, numbers = arena.versions.copy(), np.arange(6)
+    if writer == "held update":
+        arena.cache.hold(arena.keys)
+    with arena.cache.launcher.together(seed, **schedule):
+        backfills = [
+            arena.insert(numbers, epoch=0, stream=f"backfill {i}", versions=old)
+            for i in range(2)
+        ]
+        arena.query(0, 64, old, stream="reader")
+        if seed % 3:  # what comes first is not always the writer
+            arena.query(2, 32, old, stream="writer")
+        if writer in ("update", "held update"):
+            arena.update(numbers, stream="writer")
+        elif writer == "evict":
+            arena.evict(numbers, stream="writer")
+        else:
+            arena.clear(stream="writer")
+        arena.query(1, 64, arena.versions, stream="writer")
+    arena.check_readers()
+    arena.check_cache()
+    if writer in ("evict", "clear"):
+        assert arena.cache.contents() == {}
+    late = arena.insert(numbers, epoch=0, versions=old)
+    settle(late, {Outcome.STALE})
+    return Counter(Outcome(one) for one in np.concatenate(backfills).tolist())
+
+
+def duplicate_race(seed: int, **schedule: Any) -> Counter[Outcome]:
+    """Insert the same keys twice at once into sets that are nearly full."""
+    policy = (Policy.LRU, Policy.LFU)[seed % 2]
+    arena = Arena(seed, n_sets=1 + seed % 2, n_keys=80, policy=policy)
+    arena.insert(arena.some(20 * (1 + seed % 2)), epoch=0)
+    start, numbers = arena.cache.total("size"), arena.some(12)
+    with arena.cache.launcher.together(seed, **schedule):
+        both = [arena.insert(numbers, epoch=0, stream=stream) for stream in range(2)]
+    arena.check_cache()
+    outcomes = np.concatenate(both)
+    settle(outcomes, {Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED})
+    counts = Counter(Outcome(one) for one in outcomes.tolist())
+    grown = arena.cache.total("size") - start
+    assert counts[Outcome.INSERTED] == grown
+    return counts
+
+
+def dump_race(seed: int, **schedule: Any) -> int:
+    """Dump beside writers that change one key after the other.
+
+    Each step's outcome tells which keys a set had after it. What a dump says of a set
+    must be one of these states. Returns how many dumps fell between the first and the
+    last one.
+    """
+    n_sets = 1 + seed % 2
+    arena = Arena(seed, n_sets=n_sets, n_keys=36 * n_sets)
+    arena.insert(arena.some(100), epoch=0)
+    state = set(arena.cache.contents())
+    outside = [i for i in range(len(arena.keys)) if int(arena.keys[i]) not in state]
+    inside = [i for i in range(len(arena.keys)) if int(arena.keys[i]) in state]
+    steps, snapshots = [], []
+    with arena.cache.launcher.together(seed, **schedule):
+        for i in range(8):
+            n_set = i % n_sets
+            snapshots.append((n_set, arena.cache.dump(n_set, 1, stream="dump")))
+        for number in outside[:4]:
+            one = np.array([number])
+            rows = rows_of(one, arena.versions[one], arena.dim)
+            steps.append(arena.cache.insert(arena.keys[one], rows, stream="writer"))
+        for number in inside[:4]:
+            key = arena.keys[number : number + 1]
+            steps.append((arena.cache.evict(key, stream="writer"), key))
+    states = [set(state)]
+    inserted = [int(arena.keys[number]) for number in outside[:4]]
+    for i, (outcome, gone) in enumerate(steps):
+        state = set(state)
+        if outcome[0] == Outcome.EVICTED:
+            state.discard(int(gone[0]))
+        if i < len(inserted):
+            state.add(inserted[i])
+        states.append(state)
+    assert states[-1] == set(arena.cache.contents())
+    return _in_between(arena, states, snapshots)
+
+
+def _in_between(arena: Arena, states: list[set[int]], snapshots: list[Any]) -> int:
+    n_between, n_sets = 0, len(arena.cache.seqs())
+    home = {int(k): int(hash_key(k)) * n_sets >> 64 for k in arena.keys}
+    for n_set, snapshot in snapshots:
+        keys, n_busy = dumped(snapshot)
+        assert n_busy == 0
+        assert len(set(keys.tolist())) == len(keys)
+        of_set = [{key for key in state if home[key] == n_set} for state in states]
+        assert set(keys.tolist()) in of_set, "keys of two instants"
+        n_between += set(keys.tolist()) not in (of_set[0], of_set[-1])
+    return n_between
