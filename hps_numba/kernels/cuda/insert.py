@@ -99,6 +99,7 @@ def seen_before(table, hashed, lane):
 def way_chooser(policy: Policy) -> Any:
     """Return a device function: where a key goes in a set that this warp holds."""
     choose_victim = victim_chooser(policy)
+    nobody_yields = policy == Policy.STATIC
 
     @cuda.jit(device=True, forceinline=True)
     def choose(table, meta, slots, key, hashed, seq, flags, lane):
@@ -109,7 +110,7 @@ def way_chooser(policy: Policy) -> Any:
             empty = u32(cuda.ballot_sync(FULL_WARP, mine == u32(0)))
             if empty != u32(0):
                 way, outcome = first_bit(empty), _INSERTED
-            elif policy == Policy.STATIC:
+            elif nobody_yields:
                 outcome = _FULL
             elif (flags & u32(ADMIT)) != u32(0) and not seen_before(
                 table, hashed, lane

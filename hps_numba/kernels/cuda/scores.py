@@ -100,6 +100,7 @@ def victim_chooser(policy: Policy) -> Any:
     one tick do not push each other out of one way. Counts of LFU are halved when the
     turn comes round, so that what was popular once can go.
     """
+    by_age = policy == Policy.LRU  # compiled code does not compare members of an enum
 
     @cuda.jit(device=True, forceinline=True)
     def choose(table, meta, seq, lane):
@@ -108,7 +109,7 @@ def victim_chooser(policy: Policy) -> Any:
         if lane < u32(WAYS):
             score = meta + u64(SCORES) + u64(lane)
             worth = load_u8(score)
-            if policy == Policy.LRU:
+            if by_age:
                 age = u32(u32(tick_after(table, u64(0)) - worth) & u32(255))
                 worth = u32(u32(255) - age)
             elif turn == u32(0):

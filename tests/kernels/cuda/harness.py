@@ -303,6 +303,7 @@ class CpuCache:
         _, value_address = self.put(values.astype(self.stored))
         outcomes = self.memory.array(max(1, n), np.uint8, fill=0xEE)
         evicted = self.memory.array(max(1, n), np.int64)
+        evicted.view(np.uint8)[...] = 0xEE
         mask = 0 if selected is None else self.put(selected.astype(np.uint8))[1]
         self.cache.insert(
             table,
