@@ -18,6 +18,7 @@ from numba import cuda
 from hps_numba.kernels.cuda import compiling, cubins, fingerprint, ptx
 from hps_numba.kernels.cuda.compiling import Cubin, KernelCompileError, KernelSpec
 from hps_numba.kernels.cuda.cubins import CubinCache, DamagedError, decode, encode
+from tests.support.gate_cases import cases
 
 CC = (9, 0)
 
@@ -132,6 +133,15 @@ def test_the_fingerprint_reaches_constants_of_device_functions_and_globals(
 
 
 FROM_THE_MODULE = np.uint32(5)
+
+
+def test_every_kernel_can_be_kept_and_is_told_from_the_others() -> None:
+    specs = [case.spec for case in cases()]
+    digests = {
+        fingerprint.fingerprint(spec, cc) for spec in specs for cc in [CC, (8, 0)]
+    }
+    assert len(digests) == 2 * len(specs)
+    assert len({spec.name for spec in specs}) == len(specs)
 
 
 def test_the_fingerprint_is_that_of_another_process() -> None:
