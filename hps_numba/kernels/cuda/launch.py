@@ -194,7 +194,11 @@ class CudaLauncher:
         cubin = self._cubins.get(spec, self.cc)
         code = ObjectCode.from_cubin(cubin.code, name=spec.name)
         with self._current():
-            kernel = code.get_kernel(spec.name)
+            try:
+                kernel = code.get_kernel(spec.name)
+            # cuda.core raises its own, which differ by version.
+            except Exception as exc:
+                raise LaunchError(f"kernel {spec.name} was not loaded: {exc}") from exc
             handle = driver.CUkernel(int(kernel.handle))
             # The driver loads lazily: left to the first launch, loading would allocate
             # and wait there, which a stream that is being captured does not allow.

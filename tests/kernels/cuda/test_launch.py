@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -371,6 +372,17 @@ def test_a_launch_that_the_driver_refuses_says_which(launcher: CudaLauncher) -> 
     with pytest.raises(LaunchError, match=r"kernel nothing, grid \(1, 65536\): "):
         launcher.launch(NOTHING, (1, 65536), ())
     launcher.launch(NOTHING, (1, 1), ())
+
+
+def test_a_cubin_that_the_driver_refuses_names_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, memory: Memory
+) -> None:
+    cubins = CubinCache(None)
+    broken = dataclasses.replace(cubins.get(NOTHING, (9, 0)), code=b"no cubin" * 8)
+    monkeypatch.setattr(cubins, "get", lambda spec, cc: broken)
+    launcher = CudaLauncher(0, cubins=cubins)
+    with pytest.raises(LaunchError, match="kernel nothing was not loaded: "):
+        launcher.warm_up([NOTHING])
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
