@@ -25,7 +25,9 @@ from hps_numba.kernels.cuda.ptx import (
 u32, u64 = np.uint32, np.uint64
 
 AGE_AT_INSERT = 2  # ticks: hits outlive what came in beside them
-LFU_STEPS_SHIFT = 4  # counts a doubling of the odds takes: 2 ** 4
+LFU_START = 1
+LFU_STEPS_SHIFT = 3  # counts a doubling of the odds takes: 2 ** 3
+LFU_HALVING = 56  # writes to a set between two halvings of its counts
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -44,7 +46,7 @@ def tick_after(table, step):
 
 @cuda.jit(device=True, forceinline=True)
 def chance(table, score, count):
-    """Return true once in 2 ** (count >> 4) uses, by the way's place and the clock."""
+    """Return true once in 2 ** (count >> 3) uses, by the way's place and the clock."""
     mixed = (score ^ load_near_u64(table + u64(CLOCK))) * u64(0x9E3779B97F4A7C15)
     odds = u32(u32(u32(1) << u32(count >> u32(LFU_STEPS_SHIFT))) - u32(1))
     return (u32(mixed >> u64(32)) & odds) == u32(0)
@@ -97,8 +99,8 @@ def victim_chooser(policy: Policy) -> Any:
     """Return a device function: the way that yields in a full set, as a warp.
 
     Among equals the choice rotates with the set's number, so that keys inserted within
-    one tick do not push each other out of one way. Counts of LFU are halved when the
-    turn comes round, so that what was popular once can go.
+    one tick do not push each other out of one way. Counts of LFU are halved now and
+    then, so that what was popular once can go.
     """
     by_age = policy == Policy.LRU  # compiled code does not compare members of an enum
 
@@ -112,7 +114,7 @@ def victim_chooser(policy: Policy) -> Any:
             if by_age:
                 age = u32(u32(tick_after(table, u64(0)) - worth) & u32(255))
                 worth = u32(u32(255) - age)
-            elif turn == u32(0):
+            elif u32(u32(seq >> u32(1)) + u32(1)) % u32(LFU_HALVING) == u32(0):
                 worth = u32(worth >> u32(1))
                 store_u8(score, worth)
             order = u32(lane + u32(WAYS) - turn)
@@ -136,7 +138,7 @@ def scorer(policy: Policy) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def score_lfu(table, score):
-        store_u8(score, u32(0))
+        store_u8(score, u32(LFU_START))
 
     @cuda.jit(device=True, forceinline=True)
     def score_nothing(table, score):

@@ -136,7 +136,7 @@ class OracleTable:
         """Return whether a use counts that finds a way's count at ``count``."""
         address = self.meta + n_set * SET_BYTES + SCORES + way
         mixed = (address ^ self.clock) * 0x9E3779B97F4A7C15 & _WORD
-        return mixed >> 32 & (1 << (count >> 4)) - 1 == 0
+        return mixed >> 32 & (1 << (count >> 3)) - 1 == 0
 
     def touch(self, n_set: int, way: int, n_keys: int) -> None:
         """Count one use, of a query of ``n_keys`` of this table."""
@@ -151,7 +151,7 @@ class OracleTable:
     def score_at_insert(self, before: int) -> int:
         if self.policy == Policy.LRU:
             return (self.tick() - 2) % 256
-        return 0 if self.policy == Policy.LFU else before
+        return 1 if self.policy == Policy.LFU else before
 
     def victim(self, one: Set) -> int:
         """Return the way of a full set that yields; LFU's counts may be halved."""
@@ -159,7 +159,7 @@ class OracleTable:
         if self.policy == Policy.LRU:
             worth = [255 - (self.tick() - score) % 256 for score in one.scores]
         else:
-            if turn == 0:
+            if ((one.seq >> 1) + 1) % 56 == 0:
                 one.scores = [score >> 1 for score in one.scores]
             worth = one.scores
         return min(range(WAYS), key=lambda way: (worth[way], (way - turn) % WAYS))
