@@ -99,7 +99,7 @@ def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def pool_chunk(
         table, work, n_table, keys, weights, start, end, chunk, n_rows, target, scale,
-        fresh, fill, attempt,
+        fresh, fill, attempt, noted_before,
     ):  # fmt: skip
         """Return how many of the keys missed, and whether the bag must begin again."""
         lane = u32(cuda.laneid)
@@ -107,7 +107,7 @@ def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
         live = lane < n_rows
         noted = first_occurrence(work, position)
         # What missed in an earlier attempt stays a miss, and has its number.
-        named = live and attempt > 0 and load_u32(noted) != u32(NO_POSITION)
+        named = live and noted_before and load_u32(noted) != u32(NO_POSITION)
         number = u32(load_const_u64(table + u64(N_SETS)) * u64(WAYS))
         way, seq, meta, weight = u32(WAYS), u32(0), table, f32(0)
         if live:
@@ -178,7 +178,7 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
             scale = scale_of(begin, stop, flags)
             fill = (flags & u32(FILL)) != u32(0)
             target = out + bag * u64(out_bytes)
-            n_missed = u32(0)
+            n_missed, noted_end = u32(0), begin
             for attempt in range(ATTEMPTS + 1):
                 chunk, lost, n_missed = begin, False, u32(0)
                 # An empty bag has one empty chunk, which writes its zeros.
@@ -186,10 +186,12 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                     n_rows = u32(min(stop - chunk, u64(32)))
                     n, lost = pool_chunk(
                         table, work, n_table, keys, weights, start, end, chunk, n_rows,
-                        target, scale, chunk == begin, fill, attempt,
+                        target, scale, chunk == begin, fill, attempt, chunk < noted_end,
                     )  # fmt: skip
                     n_missed = u32(n_missed + n)
                     chunk += u64(32)
+                    # An attempt that is lost leaves no notes of the chunks after.
+                    noted_end = max(noted_end, chunk)
                 if not lost:
                     break
             if n_missed != u32(0) and lane == u32(0):
