@@ -2,7 +2,7 @@
 
 A kernel goes through the same typing and lowering as for a GPU. The LLVM text that
 comes out is retargeted to this machine, and each CUDA thread becomes a fiber. Shown are
-logic, interleavings and progress; weak memory ordering and speed are not.
+logic, interleavings and progress, and on request what weak memory does; speed is not.
 """
 
 from tests.support.cpuexec.compiling import (

@@ -15,8 +15,8 @@ STACK_PROBE = "nv_probe_stack"
 _LOAD, _STORE, _ATOMIC = range(3)
 _ACCESSES = {"load": _LOAD, "store": _STORE, "atomicrmw": _ATOMIC, "cmpxchg": _ATOMIC}
 _BYTES = {"half": 2, "float": 4, "double": 8, "ptr": 8}
-_DEFINE = re.compile(r'^define .*?@"?([^"(]+)"?\(')
-_MEMORY = re.compile(
+DEFINE = re.compile(r'^define .*?@"?([^"(]+)"?\(')
+MEMORY = re.compile(
     r"^\s+(?:%\S+ = )?(?:tail |musttail |notail )?"
     r"(load|store|atomicrmw|cmpxchg)\b(.*)$"
 )
@@ -38,7 +38,7 @@ def insert(text: str) -> str:
     lines: list[str] = []
     function = ""
     for number, line in enumerate(text.splitlines()):
-        if found := _DEFINE.match(line):
+        if found := DEFINE.match(line):
             function = found[1]
             line = _with_probe(line)
         elif line.startswith("@") and re.search(r"\b(?:global|constant) ", line):
@@ -70,7 +70,7 @@ def _global(line: str) -> str:
 
 
 def _calls_before(line: str, number: int) -> Iterator[str]:
-    if found := _MEMORY.match(line):
+    if found := MEMORY.match(line):
         yield from _access(found[1], found[2].strip(), number)
     elif found := _BULK.search(line):
         yield from _bulk(found[1], found[2], number)
@@ -82,15 +82,16 @@ def _access(what: str, rest: str, number: int) -> Iterator[str]:
     aligned = _ALIGN.search(rest)
     if aligned is None:
         raise NotImplementedError(f"an access without alignment: {what} {rest}")
-    kind, address = _place(what, re.sub(r"^(?:(?:atomic|weak|volatile) )*", "", rest))
+    kind, address = place_of(what, rest)
     alignment = min(int(aligned[1]), 128)
-    code = _size(kind) | alignment << 8 | _ACCESSES[what] << 16
+    code = size_of(kind) | alignment << 8 | _ACCESSES[what] << 16
     yield f"  %nv.a{number} = ptrtoint ptr {address} to i64"
     yield f"  call void @nv_access(i64 %nv.a{number}, i32 {code})"
 
 
-def _place(what: str, operands: str) -> tuple[str, str]:
+def place_of(what: str, operands: str) -> tuple[str, str]:
     """Return the type that an instruction accesses, and the address."""
+    operands = re.sub(r"^(?:(?:atomic|weak|volatile) )*", "", operands)
     if what in ("load", "store"):
         kind, after = _take(operands)
         if what == "store":
@@ -132,14 +133,14 @@ def _division(found: re.Match[str], number: int) -> Iterator[str]:
     yield f"  call void @nv_divide({given})"
 
 
-def _size(kind: str) -> int:
+def size_of(kind: str) -> int:
     """Return the bytes of a first-class type."""
     if kind in _BYTES:
         return _BYTES[kind]
     if found := re.fullmatch(r"i(\d+)", kind):
         return (int(found[1]) + 7) // 8
     if found := re.fullmatch(r"[<\[](\d+) x (.+)[>\]]", kind):
-        return int(found[1]) * _size(found[2])
+        return int(found[1]) * size_of(found[2])
     raise NotImplementedError(f"an access of type {kind} has no CPU model")
 
 

@@ -9,6 +9,7 @@ import threading
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -19,7 +20,7 @@ from numba.cuda.compiler import _compile_pyfunc_with_fixup
 
 from hps_numba.kernels.cuda.compiling import target_device
 from tests.support.cpuexec import translate
-from tests.support.cpuexec.jit import HostCode, compile_modules
+from tests.support.cpuexec.jit import HostCode, compile_modules, compile_weak
 from tests.support.cpuexec.memory import DeviceMemory
 
 NUMBA_CUDA_VERSION = "0.30.4"  # the one whose private parts are known to fit
@@ -39,16 +40,22 @@ class Kernel:
         The function's name.
     argtypes
         Numba types of its parameters.
-    entry
-        Address of a function that takes the address of the argument words.
-    keep
-        What the address needs to stay alive.
+    code
+        What this CPU runs; its entry takes the address of the argument words.
+    function
+        What it was compiled from.
     """
 
     name: str
     argtypes: tuple[Any, ...]
-    entry: int
-    keep: tuple[Any, ...]
+    code: HostCode
+    function: FunctionType
+
+    @cached_property
+    def weak_code(self) -> HostCode:
+        """The same for a run with weak memory."""
+        with _lock:
+            return compile_weak(self.code)
 
     @staticmethod
     def words(argtype: Any, arg: Any, memory: DeviceMemory) -> list[int]:
@@ -96,9 +103,9 @@ def compile_kernel(function: Any, argtypes: tuple[Any, ...]) -> Kernel:
 
 def _compile(function: FunctionType, argtypes: tuple[Any, ...]) -> Kernel:
     texts, entry_name = llvm_texts(function, argtypes)
-    code: HostCode = compile_modules(translate.retarget(texts), entry_name)
+    code = compile_modules(translate.retarget(texts), entry_name)
     # The function stays alive, so that no other can have the identity of its parts.
-    return Kernel(function.__name__, argtypes, code.entry, (code, function))
+    return Kernel(function.__name__, argtypes, code, function)
 
 
 def llvm_texts(function: Any, argtypes: tuple[Any, ...]) -> tuple[list[str], str]:

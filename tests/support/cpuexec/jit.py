@@ -9,17 +9,18 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from tests.support.cpuexec import checks, intrinsics
+from tests.support.cpuexec import checks, intrinsics, weakening
 from tests.support.cpuexec.building import runtime
 from tests.support.cpuexec.machine import target_lines, target_machine
 
 
 @dataclass(frozen=True, eq=False)
 class HostCode:
-    """Machine code of one kernel; ``engine`` owns it."""
+    """Machine code of one kernel; ``engine`` owns it, and ``checked`` is its text."""
 
     entry: int
     engine: Any
+    checked: str
 
 
 def compile_modules(texts: list[str], kernel: str) -> HostCode:
@@ -38,12 +39,27 @@ def compile_modules(texts: list[str], kernel: str) -> HostCode:
     module.link_in(llvm.parse_assembly(_entry(kernel, kinds)))
     module.get_function(kernel).linkage = "internal"
     _optimise(module)
-    module = llvm.parse_assembly(checks.insert(str(module)))
+    return _machine_code(checks.insert(str(module)))
+
+
+def compile_weak(code: HostCode) -> HostCode:
+    """Compile the kernel again, for a run with weak memory.
+
+    Raises
+    ------
+    NotImplementedError
+        If it accesses memory in a way that has no weak model.
+    """
+    return _machine_code(weakening.insert(code.checked))
+
+
+def _machine_code(text: str) -> HostCode:
+    module = llvm.parse_assembly(text)
     module.verify()
     _refuse_unknown(module)
     engine = llvm.create_mcjit_compiler(module, target_machine(jit=True))
     engine.finalize_object()
-    return HostCode(engine.get_function_address(checks.ENTRY), engine)
+    return HostCode(engine.get_function_address(checks.ENTRY), engine, text)
 
 
 @cache

@@ -83,6 +83,7 @@ class _RunSpec(ctypes.Structure):
     _fields_ = (
         ("seed", ctypes.c_uint64),
         ("preempt", ctypes.c_double),
+        ("weak", ctypes.c_double),
         ("max_steps", ctypes.c_uint64),
         ("resident", ctypes.c_int32),
         ("workers", ctypes.c_int32),
@@ -118,6 +119,7 @@ def run_together(
     seed: int = 0,
     preempt: float = 0.05,
     schedule: str | None = None,
+    weak: float | None = None,
     workers: int = 1,
     resident: int = 16,
     max_steps: int = 50_000_000,
@@ -140,6 +142,11 @@ def run_together(
         warp of highest priority, with rare changes of priority, so that a warp can be
         held up for long. ``ordered``: the lanes of a warp in turn, then the next warp;
         meant for speed. By default ordered if ``preempt`` is 0, else uniform.
+    weak
+        Chance that a load returns an older value where PTX allows one, with the lanes'
+        stores visible to others in any order, until fences, releases, acquires and
+        barriers bind them. None for a memory as strong as this CPU's. Shared memory
+        stays strong, and stores to one word are in the order of their execution.
     workers
         Operating system threads that run blocks; more than one is not deterministic.
     resident
@@ -169,14 +176,19 @@ def run_together(
         raise ValueError(f"schedule {schedule!r} is none of {sorted(_SCHEDULES)}")
     if not 0 <= preempt <= 1 or workers < 1 or resident < 1:
         raise ValueError(f"{preempt=}, {workers=}, {resident=} make no sense")
+    if weak is not None and (not 0 <= weak <= 1 or workers > 1):
+        raise ValueError(f"{weak=} is no chance, or has more than one worker")
     lows, highs = memory.ranges()
     packed = [_pack(launch, memory) for launch in launches]
     jobs = (_JobSpec * max(1, len(launches)))()
     for index, (launch, arguments) in enumerate(zip(launches, packed, strict=True)):
         _fill_job(jobs[index], launch, arguments, index)
+        code = launch.kernel.code if weak is None else launch.kernel.weak_code
+        jobs[index].entry = code.entry
     spec = _RunSpec(
         seed=seed & (2**64 - 1),
         preempt=preempt,
+        weak=-1.0 if weak is None else weak,
         max_steps=max_steps,
         resident=resident,
         workers=workers,
@@ -222,7 +234,6 @@ def _fill_job(
         raise ValueError(f"a block of {block} has more than {_MOST_THREADS} threads")
     if launch.after is not None and not 0 <= launch.after < index:
         raise ValueError(f"launch {index} cannot come after launch {launch.after}")
-    job.entry = launch.kernel.entry
     job.arguments = arguments.ctypes.data
     job.grid[:] = _three(launch.grid)
     job.block[:] = block

@@ -144,6 +144,8 @@ static uint64_t meet(int operation, uint32_t mask, uint64_t value, uint32_t extr
         wait_for_others(worker);
         return fiber->result;
     }
+    if (operation == SYNC_WARP && worker->run->weak)
+        hand_view(warp, mask, join_lanes(worker, warp, mask, NULL));
     if (operation == VOTE)
         hand_out_vote(meeting, warp);
     else
@@ -175,6 +177,14 @@ uint64_t nv_match_all(uint32_t mask, uint64_t value) {
 
 void nv_sync_warp(uint32_t mask) { meet(SYNC_WARP, mask, 0, 0, NULL); }
 
+static void join_block(Worker *worker, Block *block) {
+    View *view = NULL;
+    for (int i = 0; i < block->n_warps; i++)
+        view = join_lanes(worker, &block->warps[i], block->warps[i].at_barrier, view);
+    for (int i = 0; i < block->n_warps; i++)
+        hand_view(&block->warps[i], block->warps[i].at_barrier, view);
+}
+
 // Lets everyone at the barrier go on once all threads that have not exited are there.
 static void open_barrier(Worker *worker, Block *block) {
     if (!block->n_at_barrier || block->n_at_barrier != block->n_live) return;
@@ -187,6 +197,7 @@ static void open_barrier(Worker *worker, Block *block) {
         case BARRIER_AND: result = count == (uint64_t)block->n_at_barrier; break;
         case BARRIER_OR: result = count != 0; break;
     }
+    if (worker->run->weak) join_block(worker, block);
     block->n_at_barrier = 0;
     for (int i = 0; i < block->n_warps; i++) {
         Warp *warp = &block->warps[i];

@@ -77,6 +77,11 @@ static void find_range(Worker *worker, uint64_t address, uint64_t size, const ch
     worker->range_bytes = spec->highs[i] - spec->lows[i];
 }
 
+bool in_device_memory(const Worker *worker, uint64_t address) {
+    const Fiber *fiber = worker->current;
+    return !on_stack_of(fiber, address) && !in_shared(fiber->warp->block, address, 1);
+}
+
 // Called before each access. `what` is its size, its alignment and its kind, 8 bits each.
 void nv_access(uint64_t address, uint32_t what) {
     Worker *worker = this_worker;
@@ -98,6 +103,9 @@ void nv_access_many(uint64_t address, uint64_t size, uint32_t kind) {
     if (!size || on_stack_of(worker->current, address)) return;
     if (!inside(address, size, worker->range_low, worker->range_bytes))
         find_range(worker, address, size, KINDS[kind]);
+    if (worker->run->weak && in_device_memory(worker, address))
+        fail(-1, "weak memory: a copy or fill of %llu bytes has no model",
+             (unsigned long long)size);
     preemption_point(worker);
 }
 

@@ -57,6 +57,7 @@ static void fiber_main(void) {
     Fiber *fiber = worker->current;
     const JobSpec *spec = fiber->warp->block->job->spec;
     spec->entry(spec->arguments);
+    if (worker->run->weak) end_lane(worker, fiber);
     leave_block(worker, fiber);
     fiber->state = FINISHED;
     if (fiber->warp->block->n_live == 0) worker->ended = fiber->warp->block;
@@ -87,6 +88,7 @@ static void place_fibers(Worker *worker, Block *block) {
         fiber->z = thread / (size[0] * size[1]);
         fiber->state = RUNNABLE;
         fiber->warp->alive |= 1u << fiber->lane;
+        if (worker->run->weak) begin_lane(fiber, worker->run);
         prepare_stack(fiber, fiber_main);
     }
     for (int i = 0; i < block->n_warps; i++)
@@ -240,6 +242,7 @@ void nv_run(const RunSpec *spec, const JobSpec *specs, RunResult *result) {
         run.jobs[i].spec = &specs[i];
         run.jobs[i].n_blocks = (int64_t)grid[0] * grid[1] * grid[2];
     }
+    if (spec->weak >= 0) run.weak = new_weak_memory(spec->weak);
     pthread_mutex_init(&run.lock, NULL);
     for (int i = 0; i < n_workers; i++) seed_worker(&workers[i], &run, i);
     for (int i = 1; i < n_workers; i++)
@@ -247,5 +250,6 @@ void nv_run(const RunSpec *spec, const JobSpec *specs, RunResult *result) {
     work(&workers[0]);
     for (int i = 1; i < n_workers; i++) pthread_join(threads[i], NULL);
     pthread_mutex_destroy(&run.lock);
+    if (run.weak) free_weak_memory(run.weak);
     free(run.jobs);
 }

@@ -12,6 +12,8 @@ enum { WARP_LANES = 32, SHARED_ARRAYS = 32, REASON_BYTES = 480 };
 typedef struct Block Block;
 typedef struct Warp Warp;
 typedef struct Worker Worker;
+typedef struct View View;
+typedef struct WeakMemory WeakMemory;
 
 // Launches as Python passes them. A job starts once the job `after` has finished.
 typedef struct {
@@ -26,6 +28,7 @@ typedef struct {
 typedef struct {
     uint64_t seed;
     double preempt;
+    double weak;  // chance of an old value; below 0: kernels are compiled without
     uint64_t max_steps;
     int32_t resident;
     int32_t workers;
@@ -51,7 +54,16 @@ enum { UNIFORM, PRIORITY, ORDERED };
 typedef struct {
     const JobSpec *spec;
     int64_t n_blocks, next, finished;
+    View *left;  // what its threads had seen when they ended
 } Job;
+
+// What a lane is bound to have seen under weak memory.
+typedef struct {
+    View *now;
+    View *later;   // from its next fence on
+    View *fenced;  // by its last fence: what its stores carry
+    uint64_t owner;  // names the nodes of `now` that nobody else has, if not 0
+} Seen;
 
 typedef enum { RUNNABLE, WAITING, FINISHED } State;
 
@@ -64,6 +76,7 @@ typedef struct {
     uint32_t x, y, z;
     uint64_t result;     // of the collective it waited for
     uint32_t predicate;  // what it brought to the block's barrier
+    Seen seen;
 } Fiber;
 
 // Lanes of one mask that wait for each other. A warp has no two meetings of one mask, and
@@ -112,6 +125,7 @@ typedef struct {
     Job *jobs;
     pthread_mutex_t lock;
     RunResult *result;
+    WeakMemory *weak;  // NULL if memory is strong; else there is one worker
     int32_t turn;
     volatile int stopped;
 } Run;
@@ -170,7 +184,16 @@ void leave_block(Worker *worker, Fiber *fiber);
 void describe_wait(const Fiber *fiber, char *text, size_t bytes);
 
 // memory.c
+bool in_device_memory(const Worker *worker, uint64_t address);
 void free_shared(Block *block);
+
+// weak.c
+WeakMemory *new_weak_memory(double chance);
+void free_weak_memory(WeakMemory *weak);
+void begin_lane(Fiber *fiber, const Run *run);
+void end_lane(Worker *worker, Fiber *fiber);
+View *join_lanes(Worker *worker, Warp *warp, uint32_t lanes, View *view);
+void hand_view(Warp *warp, uint32_t lanes, View *view);
 
 #pragma GCC visibility pop
 
