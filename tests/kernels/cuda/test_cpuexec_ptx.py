@@ -26,6 +26,7 @@ from hps_numba.kernels.cuda.ptx import (
 )
 from tests.support import cpuexec
 from tests.support.cpuexec import DeviceMemory, Launch
+from tests.support.cpuexec import ptx as models
 
 u32, u64 = np.uint32, np.uint64
 RANDOM = np.random.default_rng(20260730)
@@ -301,6 +302,28 @@ def test_every_bfloat16_becomes_the_float_of_its_value():
     words = np.arange(2**16, dtype=np.uint32)
     out = run_on_bytes(kernel, words, 2**16, 2**18).view(np.uint32)
     np.testing.assert_array_equal(out, words << 16)
+
+
+def test_a_row_of_one_constant_is_stored():
+    store = store_row[16]
+
+    def kernel(source, out):
+        store(out, (u32(7), u32(7), u32(7), u32(7)))
+
+    out = run_on_bytes(kernel, np.zeros(4, np.uint32), 1, 16).view(np.uint32)
+    np.testing.assert_array_equal(out, [7, 7, 7, 7])
+
+
+@pytest.mark.parametrize("order", ["acquire", "release"])
+def test_an_ordered_vector_is_refused(order):
+    if order == "acquire":
+        text = "ld.acquire.gpu.global.v2.u32 {$0,$1}, [$2];"
+        call = (text, "{i32, i32}", ("i64",))
+    else:
+        text = "st.release.gpu.global.v2.u32 [$0], {$1,$2};"
+        call = (text, "void", ("i64", "i32", "i32"))
+    with pytest.raises(NotImplementedError, match="ordered vector"):
+        models.model("name", call[1], call[2], call[0])
 
 
 @intrinsic

@@ -151,7 +151,7 @@ def _take(text: str) -> tuple[str, str]:
         return text[:end], text[end:]
     depth = 0
     bracketed = re.match(
-        r"(?:getelementptr|inttoptr|bitcast|ptrtoint)\b[\w ]*(?=\()", text
+        r"(?:getelementptr|inttoptr|bitcast|ptrtoint|splat)\b[\w ]*(?=\()", text
     )
     for i in range(bracketed.end() if bracketed else 0, len(text)):
         if text[i] in "([{<":

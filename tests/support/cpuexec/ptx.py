@@ -113,6 +113,13 @@ def _narrowed(call: _Call, place: int, bits: int, name: str) -> str:
     return f"{name} = trunc {given} %a{place} to i{bits}"
 
 
+def _refuse_order(call: _Call, order: str) -> None:
+    if order != "monotonic":
+        raise NotImplementedError(
+            f"an ordered vector has no CPU model: {call.found[0]!r}"
+        )
+
+
 def _load(call: _Call) -> list[str]:
     n, bits = int(call.found["n"] or 1), int(call.found["bits"])
     names = [f"${i}" for i in range(n)]
@@ -121,6 +128,7 @@ def _load(call: _Call) -> list[str]:
         raise NotImplementedError(f"operands have no CPU model: {call.found[0]!r}")
     order = call.order("acquire")
     if n > 1:
+        _refuse_order(call, order)
         return _load_vector(call, n, bits)
     access = f"load atomic volatile i{bits}, i{bits}* %p {order}, align {bits // 8}"
     lines = [_pointer(call, 0, f"i{bits}"), f"%v = {access}"]
@@ -166,6 +174,7 @@ def _store(call: _Call) -> list[str]:
             f"store atomic volatile i{bits} %v, {place}",
             "ret void",
         ]
+    _refuse_order(call, order)
     vector, before = f"<{n} x i{bits}>", "undef"
     lines = [_pointer(call, 0, vector)]
     for i in range(n):
