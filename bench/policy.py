@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import lzma
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -237,31 +238,56 @@ def trace_cases(path: Path) -> Iterator[Case]:
     """Yield the cases of a trace; the name of its file is theirs."""
     stream = stream_of(read_trace(path))
     long = stream.numbers.size >= LONG_TRACE
-    for share in TRACE_SHARES:
-        capacity = max(WAYS, int(share * stream.hashes.size))
+    shares = (max(WAYS, int(s * stream.hashes.size)) for s in TRACE_SHARES)
+    for capacity in dict.fromkeys(shares):
         for batch in LONG_TRACE_BATCHES if long else SHORT_TRACE_BATCHES:
             yield Case(path.name.partition(".")[0], stream, capacity, batch, 0)
 
 
-def measure(case: Case, where: Origin) -> Iterator[Result]:
-    """Simulate all rules on a case, exact LRU first."""
+def simulate(case: Case) -> dict[str, Counts]:
+    """Simulate all rules on a case, exact LRU over the whole cache first."""
     at = {"batch": case.batch, "warm": case.warm}
-    whole = replay_whole_lru(case.stream, case.capacity, **at)
-    yield from _results(WHOLE_LRU, whole, case, where)
-    yield _rate("hits", IDEAL_STATIC, ideal_static(case), case, where)
+    found = {WHOLE_LRU: replay_whole_lru(case.stream, case.capacity, **at)}
     for ways in EXACT_WAYS:
         rules = Rules(score=EXACT_LRU)
         sets = new_sets(case.capacity, rules, ways)
-        counts = replay(case.stream, sets, rules, **at)
-        name = f"exact LRU, {ways} ways"
-        yield _rate("hits", name, counts.hits / counts.keys, case, where)
+        found[f"exact LRU, {ways} ways"] = replay(case.stream, sets, rules, **at)
     for name, rules_of in (CHOSEN | ALTERNATIVES).items():
         rules = rules_of(case.capacity)
-        counts = replay(case.stream, new_sets(case.capacity, rules), rules, **at)
-        if name in CHOSEN:
-            yield from _results(name, counts, case, where)
-        else:
-            yield _rate("hits", name, counts.hits / counts.keys, case, where)
+        found[name] = replay(case.stream, new_sets(case.capacity, rules), rules, **at)
+    return found
+
+
+def rates(case: Case, counts: dict[str, Counts], where: Origin) -> Iterator[Result]:
+    """Yield the rates of a case: of exact LRU, of the chosen rules, of the ideal."""
+    for variant in (WHOLE_LRU, *CHOSEN):
+        found = counts[variant]
+        for name, unit, rate in (
+            ("policy_hits", "a key", found.hits / found.keys),
+            ("policy_unique_hits", "a unique key", found.unique_hits / found.unique),
+            ("policy_inserts", "a key", found.inserts / found.keys),
+            ("policy_stamps", "a key", found.stamps / found.keys),
+        ):
+            yield _rounded(name, variant, rate, unit, case.params, where)
+    ideal = ideal_static(case)
+    yield _rounded("policy_hits", IDEAL_STATIC, ideal, "a key", case.params, where)
+
+
+def points(found: Sequence[dict[str, Counts]], of: str, where: Origin) -> list[Result]:
+    """Return every rule's hits against exact LRU: the median of cases and the worst."""
+    results = []
+    for variant in found[0]:
+        more = [
+            100 * (c[variant].hits - c[WHOLE_LRU].hits) / c[WHOLE_LRU].keys
+            for c in found
+        ]
+        for figure, value in (("median", np.median(more)), ("worst", np.min(more))):
+            params: dict[str, Param] = {"of": of, "cases": len(found), "figure": figure}
+            unit = "points against exact LRU"
+            results.append(
+                _rounded("policy_points", variant, float(value), unit, params, where)
+            )
+    return results
 
 
 def ideal_static(case: Case) -> float:
@@ -284,7 +310,7 @@ def held_share(capacity: int, slots: int) -> float:
 def fill(sizes: Sizes, where: Origin) -> Iterator[Result]:
     """Yield what caches hold of as many keys as they are said to hold."""
     for slots_per_key in (1.0, 1.05, 1.1):
-        share = held_share(sizes.fill, int(sizes.fill * slots_per_key))
+        share = held_share(sizes.fill, round(sizes.fill * slots_per_key))
         params: dict[str, Param] = {"keys": sizes.fill, "slots per key": slots_per_key}
         yield counted(
             "policy_fill",
@@ -296,25 +322,16 @@ def fill(sizes: Sizes, where: Origin) -> Iterator[Result]:
         )
 
 
-def _results(variant: str, counts: Counts, case: Case, where: Origin) -> list[Result]:
-    rates = {
-        "hits": counts.hits / counts.keys,
-        "unique_hits": counts.unique_hits / counts.unique,
-        "inserts": counts.inserts / counts.keys,
-        "stamps": counts.stamps / counts.keys,
-    }
-    return [_rate(name, variant, rate, case, where) for name, rate in rates.items()]
-
-
-def _rate(name: str, variant: str, rate: float, case: Case, where: Origin) -> Result:
-    return counted(
-        f"policy_{name}",
-        variant,
-        round(rate, 5),
-        unit="a unique key" if name == "unique_hits" else "a key",
-        params=case.params,
-        where=where,
-    )
+def _rounded(
+    name: str,
+    variant: str,
+    value: float,
+    unit: str,
+    params: dict[str, Param],
+    where: Origin,
+) -> Result:
+    value = round(value, 5)
+    return counted(name, variant, value, unit=unit, params=params, where=where)
 
 
 def main(
@@ -333,20 +350,23 @@ def main(
         path.unlink()
     for result in fill(sizes, where):
         write(path, result)
-    for cases in (drawn_cases(sizes), *map(trace_cases, trace or [])):
-        for case in cases:
-            results = list(measure(case, where))
-            for result in results:
+    groups = {"drawn": [drawn_cases(sizes)], "traces": map(trace_cases, trace or [])}
+    for of, cases in groups.items():
+        found = []
+        for case in chain.from_iterable(cases):
+            found.append(simulate(case))
+            for result in rates(case, found[-1], where):
                 write(path, result)
-            print(_line(case, results), flush=True)
+            print(_line(case, found[-1]), flush=True)
+        for result in points(found, of, where) if found else []:
+            write(path, result)
 
 
-def _line(case: Case, results: list[Result]) -> str:
-    hits = {r.variant: r.median for r in results if r.name == "policy_hits"}
-    against = hits[WHOLE_LRU]
-    points = "  ".join(f"{n} {100 * (hits[n] - against):+.2f}" for n in CHOSEN)
+def _line(case: Case, counts: dict[str, Counts]) -> str:
+    hits = {name: found.hits / found.keys for name, found in counts.items()}
+    lead = "  ".join(f"{n} {100 * (hits[n] - hits[WHOLE_LRU]):+.2f}" for n in CHOSEN)
     params = " ".join(f"{k}={v}" for k, v in case.params.items())
-    return f"{params} | {WHOLE_LRU} {against:.4f} | {points}"
+    return f"{params} | {WHOLE_LRU} {hits[WHOLE_LRU]:.4f} | {lead}"
 
 
 if __name__ == "__main__":

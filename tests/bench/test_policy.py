@@ -32,6 +32,7 @@ from bench.policy_sim import (
 )
 from bench.records import read
 from bench.workloads import zipf
+from tests.bench.results import WHERE
 
 SMALL = policy.Sizes(
     n_rows=300, n_lookups=2_048, shares=(0.2,), batches=(64,), drift_keys=512, fill=280
@@ -293,10 +294,22 @@ def test_a_run_writes_every_rate_of_every_case(
     assert len({r.key for r in results}) == len(results)
     assert {r.name for r in results} == {
         *("policy_fill", "policy_hits", "policy_unique_hits"),
-        *("policy_inserts", "policy_stamps"),
+        *("policy_inserts", "policy_stamps", "policy_points"),
     }
-    assert all(0 <= r.median <= 1 for r in results)
+    rates = [r for r in results if r.name != "policy_points"]
+    assert all(0 <= r.median <= 1 for r in rates)
     hits = {r.params["keys"] for r in results if r.name == "policy_hits"}
     assert hits >= {"zipf 0.9", "zipf 1.05, drifting", "made"}
     variants = {r.variant for r in results if r.name == "policy_inserts"}
     assert variants == {policy.WHOLE_LRU, *policy.CHOSEN}
+
+
+def test_points_are_hits_against_exact_lru() -> None:
+    def counts(hits: int) -> Counts:
+        return Counts(200, hits, 100, 0, 0, 0)
+
+    found = [{policy.WHOLE_LRU: counts(100), "LRU": counts(n)} for n in (104, 90, 120)]
+    results = policy.points(found, "drawn", WHERE)
+    of_lru = {r.params["figure"]: r.median for r in results if r.variant == "LRU"}
+    assert of_lru == {"median": 2.0, "worst": -5.0}
+    assert {r.median for r in results if r.variant == policy.WHOLE_LRU} == {0.0}
