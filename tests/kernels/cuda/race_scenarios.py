@@ -18,6 +18,12 @@ SCHEDULES: list[dict[str, Any]] = [
     for schedule in ("uniform", "priority")
     for preempt in (0.02, 0.1, 0.4)
 ]
+# Loads may return older values wherever PTX allows it.
+WEAK_SCHEDULES = [
+    {**schedule, "weak": weak}
+    for schedule, weak in zip(SCHEDULES, (0.5, 0.1, 0.5, 0.1, 0.5, 0.1), strict=True)
+]
+MEMORIES = {"strong memory": SCHEDULES, "weak memory": WEAK_SCHEDULES}
 _WRITES = {Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED, Outcome.STALE}
 
 

@@ -9,12 +9,14 @@ weigh nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pytest
 
 from hps_numba.kernels.cuda.layout import NO_POSITION, RowLayout, TableLayout
 from tests.kernels.cuda.harness import Answer, Array, CpuCache
-from tests.kernels.cuda.race_scenarios import SCHEDULES
+from tests.kernels.cuda.race_scenarios import MEMORIES
 from tests.kernels.cuda.races import numbered_keys
 
 N_DIGITS, BASE, N_VERSIONS = 8, 8, 3
@@ -79,7 +81,7 @@ def check_sums(
     assert (versions <= newest[numbers]).all(), "another key's row"
 
 
-def pooled_race(seed: int, *, dim: int, writer: str, **schedule: object) -> int:
+def pooled_race(seed: int, *, dim: int, writer: str, **schedule: Any) -> int:
     """Race pooled queries with a writer; return how many keys missed."""
     rng = np.random.default_rng(seed)
     n_keys = 100
@@ -132,19 +134,12 @@ def pooled_race(seed: int, *, dim: int, writer: str, **schedule: object) -> int:
     return n_missed
 
 
-def test_sums_beside_updates_are_of_whole_rows() -> None:
-    for schedule in SCHEDULES:
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("writer", ["update", "evict"])
+def test_sums_beside_a_writer_are_of_whole_rows(memory: str, writer: str) -> None:
+    for schedule in MEMORIES[memory]:
         n_missed = sum(
-            pooled_race(seed, dim=(12, 5)[seed % 2], writer="update", **schedule)
-            for seed in range(8)
+            pooled_race(seed, dim=(12, 5)[seed % 2], writer=writer, **schedule)
+            for seed in range(6)
         )
         assert n_missed > 0, schedule  # keys whose sets were written to meanwhile
-
-
-def test_sums_beside_evictions_are_of_whole_rows() -> None:
-    for schedule in SCHEDULES:
-        n_missed = sum(
-            pooled_race(seed, dim=(5, 12)[seed % 2], writer="evict", **schedule)
-            for seed in range(8)
-        )
-        assert n_missed > 0, schedule
