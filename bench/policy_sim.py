@@ -265,8 +265,7 @@ def _insert(key, hashed, sets, rules):
             return False
         if rules.door > 0 and not _second_sight(sets.door, hashed):
             return False
-        way = _victim(scores, sets.writes[s], clock, rules)
-        _age(scores, way, sets.writes[s] + 1, clock, rules)
+        way = _leaving_way(scores, sets.writes[s], clock, rules)
     keys[way] = key
     if rules.score == LRU:
         scores[way] = (_epoch(clock, rules) - rules.aged) & 255
@@ -287,7 +286,27 @@ def _second_sight(door, hashed):
 
 
 @njit(cache=True)
-def _victim(scores, writes, clock, rules):
+def _leaving_way(scores, writes, clock, rules):
+    """Choose the row that leaves a full set, and age the others."""
+    if (
+        rules.score == LFU
+        and rules.ageing == HALVE
+        and (writes + 1) % rules.period == 0
+    ):
+        scores >>= 1
+    way = _least(scores, writes, clock, rules)
+    if rules.score == LFU and rules.ageing == SUBTRACT and scores[way] > rules.start:
+        scores -= scores[way] - rules.start
+    elif rules.score == LRU and rules.clamp < _GREATEST:
+        epoch = _epoch(clock, rules)
+        for w in range(scores.size):
+            if ((epoch - scores[w]) & 255) > rules.clamp:
+                scores[w] = (epoch - rules.clamp) & 255
+    return way
+
+
+@njit(cache=True)
+def _least(scores, writes, clock, rules):
     """Return the way with the least score, ties broken as the rules say."""
     ways = scores.size
     way = writes % ways if rules.tie == ROTATING else 0
@@ -300,21 +319,6 @@ def _victim(scores, writes, clock, rules):
             best, least = way, rank
         way = way + 1 if way + 1 < ways else 0
     return best
-
-
-@njit(cache=True)
-def _age(scores, way, writes, clock, rules):
-    """Change the scores of a full set before ``way`` leaves, at its n-th write."""
-    if rules.score == LRU and rules.clamp < _GREATEST:
-        epoch = _epoch(clock, rules)
-        for w in range(scores.size):
-            if ((epoch - scores[w]) & 255) > rules.clamp:
-                scores[w] = (epoch - rules.clamp) & 255
-    elif rules.score == LFU:
-        if rules.ageing == SUBTRACT and scores[way] > rules.start:
-            scores -= scores[way] - rules.start
-        elif rules.ageing == HALVE and writes % rules.period == 0:
-            scores >>= 1
 
 
 @njit(cache=True)
