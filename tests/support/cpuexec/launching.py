@@ -143,10 +143,11 @@ def run_together(
         held up for long. ``ordered``: the lanes of a warp in turn, then the next warp;
         meant for speed. By default ordered if ``preempt`` is 0, else uniform.
     weak
-        Chance that a load returns an older value where PTX allows one, with the lanes'
-        stores visible to others in any order, until fences, releases, acquires and
-        barriers bind them. None for a memory as strong as this CPU's. Shared memory
-        stays strong, and stores to one word are in the order of their execution.
+        Chance that a load returns an older value where PTX allows one, so that the
+        stores of a lane become visible to others late and in any order, until fences,
+        releases, acquires and barriers bind them; from time to time a warp prefers the
+        newest values, or the oldest. None for a memory as strong as this CPU's. Shared
+        memory stays strong, and stores to one word are in the order of execution.
     workers
         Operating system threads that run blocks; more than one is not deterministic.
     resident

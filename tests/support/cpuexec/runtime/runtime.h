@@ -96,6 +96,7 @@ struct Warp {
     uint32_t last_lane;
     int64_t place;  // in the worker's list of ready warps, or -1
     int64_t priority;
+    int mood;  // under weak memory: how old the values are that it prefers
     int n_meetings;
     Meeting meetings[WARP_LANES];
 };

@@ -17,6 +17,8 @@
 #include "weak.h"
 
 enum { ACQUIRE = 1, RELEASE = 2, COMPARES = 4 };
+// Lanes of a warp are late together, as they share caches. Moods last for some loads.
+enum { BY_CHANCE, NEWEST, OLDEST, MOODS, LOADS_A_MOOD = 32 };
 enum { WORD = 4, FIRST_CAPACITY = 4, FIRST_TABLE = 1024 };
 
 // A call's `what`: size, bytes that are loaded as one, and order, 8 bits each.
@@ -103,21 +105,32 @@ static bool likely(Worker *worker, double chance) {
     return (double)(next_random(worker) >> 11) * 0x1p-53 < chance;
 }
 
+// The chance that a load goes back by one store, and then by another one.
+static double chance_of(Worker *worker, bool again) {
+    double chance = worker->run->weak->chance;
+    int *mood = &worker->current->warp->mood;
+    if (chance <= 0) return 0;
+    if (!again && !draw(worker, LOADS_A_MOOD)) *mood = (int)draw(worker, MOODS);
+    switch (*mood) {
+        case NEWEST: return 0;
+        case OLDEST: return 1;
+        default: return again ? 0.5 : chance;
+    }
+}
+
 // A time that words of one access are loaded as of, unless their lane is past it: from now
 // back by one store or more.
 static uint32_t choose_time(Worker *worker, History *const *words, int n) {
     const View *now = worker->current->seen.now;
     uint32_t time = ~0u;
-    double chance = worker->run->weak->chance;
-    for (;;) {
+    for (bool again = false;; again = true) {
         uint32_t last = 0;
         for (int i = 0; i < n; i++) {
             uint32_t at = words[i] ? message_at(words[i], time)->time : 0;
             if (at > last && at > time_in(now, words[i]->place)) last = at;
         }
-        if (!last || !likely(worker, chance)) return time;
+        if (!last || !likely(worker, chance_of(worker, again))) return time;
         time = last - 1;
-        chance = 0.5;
     }
 }
 
