@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -174,24 +174,27 @@ class CheckedCache:
             [raw[w * stride :][: self.rows.row_bytes] for w in range(WAYS)],
         )
 
-    def check(self, n_table: int, n_sets: Iterable[int]) -> None:
+    def check(self, changed: Mapping[int, Iterable[int]]) -> None:
         """Compare the whole block with what the oracle says of these sets."""
-        for n_set in n_sets:
-            self._render(self.image, n_table, n_set)
-        self._render_words(self.image, n_table)
+        for n_table, n_sets in changed.items():
+            for n_set in n_sets:
+                self._render(self.image, n_table, n_set)
+            self._render_words(self.image, n_table)
         wrong = np.flatnonzero(self.image != self.cpu.block)
         assert not wrong.size, self._describe(int(wrong[0]))
 
     def _describe(self, offset: int) -> str:
-        for n_table in range(len(self.oracle.tables)):
-            for n_set, one in enumerate(self.oracle.tables[n_table].sets):
-                seen = self.seen(n_table, n_set)
-                if seen != one:
-                    return f"table {n_table}, set {n_set}: {seen} is not {one}"
-        got, wanted = self.cpu.block[offset], self.image[offset]
-        return f"byte {offset} of the block is {got}, not {wanted}"
+        for n_table, table in enumerate(self.oracle.tables):
+            for n_set, one in enumerate(table.sets):
+                got, wanted = vars(self.seen(n_table, n_set)), vars(one)
+                for part in got:
+                    if got[part] != wanted[part]:
+                        where = f"{part} of table {n_table}, set {n_set}"
+                        return f"{where}: {got[part]} is not {wanted[part]}"
+        got_byte, wanted_byte = self.cpu.block[offset], self.image[offset]
+        return f"byte {offset} of the block is {got_byte}, not {wanted_byte}"
 
-    def _count(self, kernel: str, n_keys: int) -> None:
+    def count(self, kernel: str, n_keys: int) -> None:
         self.keys[kernel] += n_keys
         name = f"{self.rows.stored} -> {self.rows.out}"
         figure = FIGURES.setdefault((kernel, name), [0, 0.0])
@@ -213,10 +216,10 @@ class CheckedCache:
         answer = self.cpu.query(
             given, fill=fill, count_unique=count_unique, touch=touch, **options
         )
-        self._count("query", sum(map(len, parts)))
-        found = []
+        self.count("query", sum(map(len, parts)))
+        found, changed = [], {}
         for i, keys in enumerate(parts):
-            scores = self._scores(i)
+            scores = self.scores(i)
             looked = self.oracle.query(i, keys.tolist(), touch=touch)
             found.append(looked)
             start = answer.starts[i]
@@ -229,11 +232,12 @@ class CheckedCache:
             results += [len(keys) - n_missing, n_unique_hits]
             assert answer.results(i) == results
             if touch:
-                self._adopt_counts(i, looked, scores)
-            self.check(i, {n_set for n_set, _ in looked.touched})
+                self.adopt_counts(i, looked, scores)
+            changed[i] = {n_set for n_set, _ in looked.touched}
+        self.check(changed)
         return answer, found
 
-    def _scores(self, n_table: int) -> dict[tuple[int, int], int]:
+    def scores(self, n_table: int) -> dict[tuple[int, int], int]:
         if self.oracle.tables[n_table].policy != Policy.LFU:
             return {}
         sets = self.oracle.tables[n_table].sets
@@ -241,7 +245,7 @@ class CheckedCache:
             (s, w): sets[s].scores[w] for s in range(len(sets)) for w in range(WAYS)
         }
 
-    def _adopt_counts(
+    def adopt_counts(
         self, n_table: int, looked: Looked, before: dict[tuple[int, int], int]
     ) -> None:
         """Take over counts of ways that several keys of a launch counted up at once.
@@ -269,9 +273,9 @@ class CheckedCache:
         part = slice(answer.starts[n_table], answer.starts[n_table + 1])
         expected[part] = model.scatter(expected[part], found[n_table], keys, fetched)
         self.cpu.scatter(answer, n_table, values, first)
-        self._count("scatter", answer.results(n_table)[0])
+        self.count("scatter", answer.results(n_table)[0])
         assert same_bits(answer.out, expected)
-        self.check(n_table, ())
+        self.check({n_table: ()})
 
     # -- writers ------------------------------------------------------------------
 
@@ -288,7 +292,7 @@ class CheckedCache:
         outcomes, evicted = self.cpu.insert(
             keys, values, table=table, epoch=epoch, selected=selected, admit=admit
         )
-        self._count("insert", len(keys))
+        self.count("insert", len(keys))
         skipped = outcomes == Outcome.SKIPPED
         chosen = np.ones(len(keys), bool) if selected is None else selected != 0
         assert (skipped == ~chosen).all()
@@ -308,15 +312,15 @@ class CheckedCache:
             {n_set: self.seen(table, n_set) for n_set in sets},
             self.cpu.block[start : start + len(one.door)].tolist(),
         )
-        assert explain(one, inserts) is not None, "no order of the keys leads there"
-        self.check(table, sets)
+        assert explain(one, inserts), "no order of the keys leads there"
+        self.check({table: sets})
         return [Outcome(outcome) for outcome in outcomes]
 
     def update(
         self, keys: Array, values: Array, *, table: int = 0, epoch: int = 1
     ) -> list[Outcome]:
         outcomes = self.cpu.update(keys, values, table=table, epoch=epoch)
-        self._count("update", len(keys))
+        self.count("update", len(keys))
         one = self.oracle.tables[table]
         rows = values.astype(self.cpu.stored)
         expected = [
@@ -327,14 +331,14 @@ class CheckedCache:
 
     def evict(self, keys: Array, *, table: int = 0, epoch: int = 1) -> list[Outcome]:
         outcomes = self.cpu.evict(keys, table=table, epoch=epoch)
-        self._count("evict", len(keys))
+        self.count("evict", len(keys))
         one = self.oracle.tables[table]
         expected = [one.evict(key, epoch=epoch) for key in keys.tolist()]
         return self._compare(table, keys, outcomes, expected)
 
     def hold(self, keys: Array, *, table: int = 0) -> list[Outcome]:
         outcomes = self.cpu.hold(keys, table=table)
-        self._count("evict", len(keys))
+        self.count("evict", len(keys))
         one = self.oracle.tables[table]
         expected = [
             one.evict(key, epoch=model.LATEST, remove=False) for key in keys.tolist()
@@ -346,17 +350,17 @@ class CheckedCache:
     ) -> list[Outcome]:
         assert outcomes.tolist() == expected
         table = self.oracle.tables[n_table]
-        self.check(n_table, {table.set_of(key) for key in keys.tolist()})
+        self.check({n_table: {table.set_of(key) for key in keys.tolist()}})
         return expected
 
     def clear(self, *, table: int = 0, epoch: int = 1) -> None:
         one = self.oracle.tables[table]
         n_keys = one.totals["size"]
         busy = self.cpu.clear(table=table, epoch=epoch)
-        self._count("clear", n_keys)
+        self.count("clear", n_keys)
         one.clear(epoch=epoch)
         assert not busy.any()
-        self.check(table, range(len(one.sets)))
+        self.check({table: range(len(one.sets))})
 
     def dump(
         self, first_set: int = 0, n_sets: int | None = None, *, table: int = 0
@@ -365,9 +369,9 @@ class CheckedCache:
         if n_sets is None:
             n_sets = len(one.sets) - first_set
         keys, busy = dumped(self.cpu.dump(first_set, n_sets, table=table))
-        self._count("dump", len(keys))
+        self.count("dump", len(keys))
         expected = one.dump(first_set, n_sets)
         assert busy == 0
         assert sorted(keys.tolist()) == sorted(expected)
-        self.check(table, ())
+        self.check({table: ()})
         return keys

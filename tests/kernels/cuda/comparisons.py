@@ -48,8 +48,12 @@ def check_pooled_misses(answer: Answer, keys: Array, pooled: list[Pooled]) -> No
     noted = block.view(np.uint32).reshape(-1, 2)
     start = answer.work.layout.firsts
     numbers = answer.block[start : start + 4 * layout.n_keys].view(np.uint32)
+    first_bag = 0
     for i, found in enumerate(pooled):
         begin, end = answer.starts[i], answer.starts[i + 1]
+        bags = noted[begin : begin + len(found.missed), 0] - first_bag
+        assert sorted(bags.tolist()) == found.missed
+        first_bag += len(found.sums)
         firsts = noted[begin:end, 1].astype(np.int64)
         missed = ~found.looked.hit
         assert (firsts[~missed] == NO_POSITION).all()
@@ -57,3 +61,13 @@ def check_pooled_misses(answer: Answer, keys: Array, pooled: list[Pooled]) -> No
         assert sorted(unique.tolist()) == sorted(found.looked.unique_missing)
         assert (unique[numbers[firsts[missed]]] == keys[begin:end][missed]).all()
         assert (keys[firsts[missed]] == keys[begin:end][missed]).all()
+
+
+def check_sums(out: Array, pooled: Pooled) -> None:
+    """Compare sums, which float32 rounds at every step."""
+    exact = pooled.sums
+    with np.errstate(invalid="ignore"):
+        close = np.abs(out.astype(np.float64) - exact) <= pooled.slack
+    close |= out == exact  # infinities
+    close |= np.isnan(out) & np.isnan(exact)
+    assert close.all(), f"{out[~close][:5]} are not {exact[~close][:5]}"

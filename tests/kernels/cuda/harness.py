@@ -242,11 +242,17 @@ class CpuCache:
         block[: header.size] = header
         return Workspace(layout, base), block
 
+    def _output(self, n: int, dtype: Any) -> Array:
+        out: Array = self.memory.array((max(1, n), self.layout.rows.dim), dtype)
+        out.view(np.uint8)[...] = 0xEE
+        return out
+
     def query(
         self,
         keys: Array | Sequence[Array],
         *,
         work: tuple[Workspace, Array] | None = None,
+        out: Array | None = None,
         **options: Any,
     ) -> Answer:
         """Look keys up: one table's, or a sequence with one array a table."""
@@ -260,8 +266,7 @@ class CpuCache:
             held, offsets = self.put(np.array(starts, np.uint64))
             keep.append(held)
         workspace, block = work or self.workspace(n, len(parts))
-        out = self.memory.array((max(1, n), self.layout.rows.dim), self.out)
-        out.view(np.uint8)[...] = 0xEE
+        out = self._output(n, self.out) if out is None else out
         batch = Batch(n, address, offsets, len(parts), max(lengths))
         self.cache.query(batch, self.memory.address(out), workspace, **options)
         return Answer(out[:n], workspace, block, starts, keep, flat)
@@ -404,6 +409,7 @@ class CpuCache:
         mean: bool = False,
         tables: Sequence[int] | None = None,
         work: tuple[Workspace, Array] | None = None,
+        out: Array | None = None,
         **options: Any,
     ) -> tuple[Answer, Batch, Bags]:
         """Pool bags; ``tables`` are offsets of bags where there are several tables."""
@@ -422,8 +428,7 @@ class CpuCache:
         n_tables = len(bag_starts) - 1
         longest = int(np.diff(bag_starts).max())
         workspace, block = work or self.workspace(len(keys), n_tables)
-        out = self.memory.array((max(1, n_bags), self.layout.rows.dim), np.float32)
-        out.view(np.uint8)[...] = 0xEE
+        out = self._output(n_bags, np.float32) if out is None else out
         batch = Batch(n_bags, address, offsets, n_tables, longest)
         bags = Bags(begins_address, len(keys), weight_address, mean)
         self.cache.pooled_query(

@@ -166,12 +166,15 @@ class OracleTable:
 
     # -- single keys
 
+    def is_stale(self, key: int, epoch: int) -> bool:
+        return max(self.stamps[stamp_of(key, len(self.stamps))], self.floor) > epoch
+
     def insert(
         self, key: int, row: bytes, *, epoch: int, admit: bool = False
     ) -> tuple[Outcome, int | None]:
         """Return what became of a key, and which key made room for it."""
         one = self.sets[self.set_of(key)]
-        if max(self.stamps[stamp_of(key, len(self.stamps))], self.floor) > epoch:
+        if self.is_stale(key, epoch):
             return Outcome.STALE, None
         way, outcome, gone = one.way_of(key), Outcome.REPLACED, None
         if way is None:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from hps_numba.kernels.cuda.layout import TableLayout
 from tests.kernels.cuda.checked import CheckedCache
+from tests.kernels.cuda.checked_pooling import Part, pooled_query, pooled_scatter
+from tests.kernels.cuda.hashes import door_of
 from tests.kernels.cuda.oracle import Array
+
+RAGGED = (0, 1, 31, 32, 33, 255, 256, 257, 1000)
+EXTREME = (-(2**63), -(2**63) + 1, -1, 0, 1, 2**63 - 2, 2**63 - 1)
+# One set, a few with a doorkeeper and too few stamps, and many.
+TABLES = (
+    TableLayout(1, n_stamps=8, tick_shift=4),
+    TableLayout(7, n_stamps=32, tick_shift=6, n_door=64),
+    TableLayout(64, n_stamps=1024, tick_shift=9, n_door=1024),
+)
+N_KEYS = (60, 500, 3000)  # that each table is asked for; half of them fit, or more
 
 
 def rows_for(cache: CheckedCache, n: int, *, seed: int) -> Array:
@@ -21,3 +36,153 @@ def keys_of_set(cache: CheckedCache, n_set: int = 0, table: int = 0) -> set[int]
     """Return the keys that a set holds in the cache's memory."""
     taken = cache.cpu.digests(table)[n_set] != 0
     return set(cache.cpu.stored_keys(table)[n_set][taken].tolist())
+
+
+def key_pool(n: int, rng: np.random.Generator) -> Array:
+    """Return extreme keys, consecutive ones, and keys from anywhere."""
+    anywhere = rng.integers(-(2**63), 2**63, n, np.int64)
+    parts = (EXTREME, np.arange(2, 2 + n // 2), anywhere)
+    return np.unique(np.concatenate([np.array(part, np.int64) for part in parts]))[:n]
+
+
+class RandomOperations:
+    """Random operations on a cache of ``TABLES``, each compared with the oracle.
+
+    Every table has an epoch that updates move on; inserts name one of the last few.
+    """
+
+    def __init__(self, cache: CheckedCache, seed: int) -> None:
+        self.cache = cache
+        self.rng = np.random.default_rng(seed)
+        self.pools = [key_pool(n, self.rng) for n in N_KEYS]
+        self.epochs = [2] * len(TABLES)
+        self.work = cache.cpu.workspace(4096, len(TABLES))
+        for i in range(len(TABLES)):
+            cache.set_default(i, self._rows(1)[0])
+
+    def run(self, n_keys: int) -> None:
+        """Run until each kernel has had so many keys."""
+        operations: dict[str, Callable[[], None]] = {
+            "query": self.query,
+            "scatter": self.query,
+            "insert": self.insert,
+            "update": self.update,
+            "evict": self.evict,
+            "dump": self.dump,
+        }
+        if self.cache.rows.out == "float32":
+            operations["pooled query"] = operations["pooled scatter"] = self.pool
+        left = list(operations)
+        while left:
+            with self.cache.memory.scratch():
+                operations[str(self.rng.choice(left))]()
+                # Nothing is found in a cache that is only emptied.
+                if self.rng.random() < 0.3:
+                    self.insert()
+            left = [name for name in left if self.cache.keys[name] < n_keys]
+
+    # -- single operations
+
+    def query(self) -> None:
+        n_tables = int(self.rng.integers(1, len(TABLES) + 1))
+        parts = [self._some_keys(table) for table in range(n_tables)]
+        flags = self.rng.random(3) < 0.5
+        answer, found = self.cache.query(
+            *parts,
+            fill=bool(flags[0]),
+            count_unique=bool(flags[1]),
+            touch=bool(flags[2]),
+            work=self.work,
+        )
+        table = int(self.rng.integers(n_tables))
+        n_missing = answer.results(table)[1]
+        first, window = 0, int(self.rng.choice([3, 64, 1000]))
+        while first < n_missing:
+            # The last rows of the last window are nobody's.
+            self.cache.scatter(answer, found, table, self._rows(window), first)
+            first += window if window > 3 else n_missing // 4 + 1
+
+    def pool(self) -> None:
+        n_tables = int(self.rng.integers(1, len(TABLES) + 1))
+        parts = [self._some_bags(table) for table in range(n_tables)]
+        n = sum(len(bag) for part in parts for bag in part)
+        weighted = self.rng.random() < 0.5
+        weights = self.rng.standard_normal(n).astype(np.float32) if weighted else None
+        flags = self.rng.random(2) < 0.5
+        run = pooled_query(
+            self.cache,
+            *parts,
+            weights=weights,
+            mean=bool(flags[0]),
+            fill=bool(flags[1]),
+            work=self.work,
+        )
+        for table in range(n_tables):
+            split = int(self.rng.integers(0, 20))
+            pooled_scatter(self.cache, run, table, self._rows(split))
+            pooled_scatter(self.cache, run, table, self._rows(1000), split)
+
+    def insert(self) -> None:
+        table, keys = self._some_unique_keys()
+        # So many keys of one set can still be put in order.
+        keys = keys[: max(33, 20 * TABLES[table].n_sets)]
+        n_door = TABLES[table].n_door
+        admit = bool(n_door and self.rng.random() < 0.5)
+        if admit:
+            # Sets that share no entry are explained one by one.
+            entries = [door_of(key, n_door) for key in keys.tolist()]
+            keys = keys[np.sort(np.unique(entries, return_index=True)[1])]
+        n = len(keys)
+        selected = self.rng.integers(0, 2, n) if self.rng.random() < 0.3 else None
+        self.cache.insert(
+            keys,
+            self._rows(n),
+            table=table,
+            epoch=self.epochs[table] - int(self.rng.choice([0, 0, 0, 1, 2])),
+            selected=selected,
+            admit=admit,
+        )
+
+    def update(self) -> None:
+        table, keys = self._some_unique_keys()
+        self.epochs[table] += 1
+        if self.rng.random() < 0.5:
+            self.cache.hold(keys, table=table)
+        rows = self._rows(len(keys))
+        self.cache.update(keys, rows, table=table, epoch=self.epochs[table])
+
+    def evict(self) -> None:
+        table, keys = self._some_unique_keys()
+        self.epochs[table] += 1
+        if self.rng.random() < 0.1:
+            self.cache.clear(table=table, epoch=self.epochs[table])
+        else:
+            self.cache.evict(keys, table=table, epoch=self.epochs[table])
+
+    def dump(self) -> None:
+        table = int(self.rng.integers(len(TABLES)))
+        ends = self.rng.integers(0, TABLES[table].n_sets + 1, 2)
+        self.cache.dump(int(ends.min()), int(np.ptp(ends)), table=table)
+
+    # -- what they are given
+
+    def _rows(self, n: int) -> Array:
+        return rows_for(self.cache, n, seed=int(self.rng.integers(2**32)))
+
+    def _some_keys(self, table: int) -> Array:
+        n = int(self.rng.choice(RAGGED))
+        if self.rng.random() < 0.1:
+            return np.repeat(self.rng.choice(self.pools[table], 1), n)
+        return self.rng.choice(self.pools[table], n)
+
+    def _some_unique_keys(self) -> tuple[int, Array]:
+        table = int(self.rng.integers(len(TABLES)))
+        pool = self.pools[table]
+        n = min(int(self.rng.choice(RAGGED)), len(pool))
+        return table, self.rng.choice(pool, n, replace=False)
+
+    def _some_bags(self, table: int) -> Part:
+        lengths = self.rng.choice([0, 1, 2, 7, 31, 32, 33, 65, 100], 12)
+        n_bags = int(self.rng.integers(0, 13))
+        pool = self.pools[table]
+        return [self.rng.choice(pool, n).tolist() for n in lengths[:n_bags]]
