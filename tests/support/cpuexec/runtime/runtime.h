@@ -96,7 +96,7 @@ struct Warp {
     uint32_t last_lane;
     int64_t place;  // in the worker's list of ready warps, or -1
     int64_t priority;
-    int mood;  // under weak memory: how old the values are that it prefers
+    uint64_t mood;  // under weak memory: of which words it prefers old values
     int n_meetings;
     Meeting meetings[WARP_LANES];
 };

@@ -17,8 +17,9 @@
 #include "weak.h"
 
 enum { ACQUIRE = 1, RELEASE = 2, COMPARES = 4 };
-// Lanes of a warp are late together, as they share caches. Moods last for some loads.
-enum { BY_CHANCE, NEWEST, OLDEST, MOODS, LOADS_A_MOOD = 32 };
+// Lanes of a warp are late together, as they share caches, and each word has its own way
+// of being late. A warp's mood decides, and lasts for some loads.
+enum { BY_CHANCE, NEWEST, OLDEST, WAYS_TO_BE_LATE, LOADS_A_MOOD = 128 };
 enum { WORD = 4, FIRST_CAPACITY = 4, FIRST_TABLE = 1024 };
 
 // A call's `what`: size, bytes that are loaded as one, and order, 8 bits each.
@@ -106,12 +107,13 @@ static bool likely(Worker *worker, double chance) {
 }
 
 // The chance that a load goes back by one store, and then by another one.
-static double chance_of(Worker *worker, bool again) {
+static double chance_of(Worker *worker, const History *history, bool again) {
     double chance = worker->run->weak->chance;
-    int *mood = &worker->current->warp->mood;
+    uint64_t *mood = &worker->current->warp->mood;
     if (chance <= 0) return 0;
-    if (!again && !draw(worker, LOADS_A_MOOD)) *mood = (int)draw(worker, MOODS);
-    switch (*mood) {
+    if (!*mood || (!again && !draw(worker, LOADS_A_MOOD))) *mood = next_random(worker);
+    uint64_t mixed = (*mood ^ history->place) * 0x9E3779B97F4A7C15ull;
+    switch ((mixed >> 32) % WAYS_TO_BE_LATE) {
         case NEWEST: return 0;
         case OLDEST: return 1;
         default: return again ? 0.5 : chance;
@@ -124,13 +126,16 @@ static uint32_t choose_time(Worker *worker, History *const *words, int n) {
     const View *now = worker->current->seen.now;
     uint32_t time = ~0u;
     for (bool again = false;; again = true) {
-        uint32_t last = 0;
+        const History *last = NULL;
+        uint32_t last_time = 0;
         for (int i = 0; i < n; i++) {
             uint32_t at = words[i] ? message_at(words[i], time)->time : 0;
-            if (at > last && at > time_in(now, words[i]->place)) last = at;
+            if (at <= last_time || at <= time_in(now, words[i]->place)) continue;
+            last = words[i];
+            last_time = at;
         }
-        if (!last || !likely(worker, chance_of(worker, again))) return time;
-        time = last - 1;
+        if (!last || !likely(worker, chance_of(worker, last, again))) return time;
+        time = last_time - 1;
     }
 }
 
