@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import cuda
+from numba.cuda import types
 
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
@@ -19,7 +20,7 @@ from hps_numba.kernels.cuda.ptx import (
 from tests.kernels.cuda.litmus import OUT, X, Y, nothing, outcomes, write_out
 from tests.kernels.cuda.word_kernels import ADDRESS_AND_NUMBER
 from tests.support import cpuexec
-from tests.support.cpuexec import DeviceMemory, KernelError, Launch
+from tests.support.cpuexec import DeviceMemory, KernelError, Launch, weakening
 
 u32, u64 = np.uint32, np.uint64
 
@@ -212,3 +213,47 @@ def test_a_chance_of_old_values_is_between_0_and_1(options):
 def test_weak_memory_has_one_worker():
     with pytest.raises(ValueError, match="more than one worker"):
         cpuexec.run_together([], DeviceMemory(), weak=0.5, workers=2)
+
+
+# -- what has no model ---------------------------------------------------------------
+
+
+def clear_array(array, number):
+    for i in range(number):
+        array[i] = 0
+
+
+def test_a_loop_that_became_a_fill_is_refused():
+    kinds = (types.uint8[::1], types.uint64)
+    kernel = cpuexec.compile_kernel(clear_array, kinds)
+    memory = DeviceMemory()
+    array = memory.array(1000, np.uint8, fill=1)
+    cpuexec.run(Launch(kernel, 1, 1, (array, 1000)), memory)
+    assert not array.any()
+    with pytest.raises(KernelError, match="fill of 1000 bytes has no model"):
+        cpuexec.run(Launch(kernel, 1, 1, (array, 1000)), memory, weak=0.5)
+
+
+def store_many(words, number):
+    for i in range(number):
+        store_u32(words + u64(i) * u64(4), u32(1))
+
+
+def test_a_run_that_stores_to_too_many_words_is_refused():
+    kernel = cpuexec.compile_kernel(store_many, ADDRESS_AND_NUMBER)
+    memory = DeviceMemory()
+    words = memory.array(2**20 + 1, np.uint32)
+    for n in (2**20, 2**20 + 1):
+        launch = Launch(kernel, 1, 1, (memory.address(words), n))
+        if n == 2**20:
+            cpuexec.run(launch, memory, weak=0.0)
+            assert words.sum() == n
+        else:
+            with pytest.raises(KernelError, match="too many words"):
+                cpuexec.run(launch, memory, weak=0.0)
+
+
+def test_an_acquire_fence_that_belongs_to_no_load_is_refused():
+    text = "define void @kernel() {\n  fence acquire\n  ret void\n}\n"
+    with pytest.raises(NotImplementedError, match="stands for itself"):
+        weakening.insert(text)
