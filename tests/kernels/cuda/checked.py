@@ -132,9 +132,10 @@ class CheckedCache:
     def restore(self, n_table: int, n_sets: Iterable[int]) -> None:
         """Write sets of the oracle to the cache's memory."""
         for n_set in n_sets:
-            self._render(self.cpu.block, n_table, n_set)
-            self._render(self.image, n_table, n_set)
-        self._render_words(self.cpu.block, n_table)
+            for block in (self.cpu.block, self.image):
+                self._render(block, n_table, n_set)
+        for block in (self.cpu.block, self.image):
+            self._render_words(block, n_table)
 
     def _render(self, block: Array, n_table: int, n_set: int) -> None:
         one, layout = self.oracle.tables[n_table].sets[n_set], self.cpu.layout
@@ -224,7 +225,7 @@ class CheckedCache:
             found.append(looked)
             start = answer.starts[i]
             out = answer.out[start : start + len(keys)]
-            check_rows(out, looked, fill=fill)
+            check_rows(out, looked, self.rows, fill=fill)
             check_misses(answer, i, keys, looked)
             n_missing = len(keys) - sum(looked.touched.values())
             n_unique_hits = looked.n_unique_hits if count_unique else 0
@@ -274,7 +275,7 @@ class CheckedCache:
         expected[part] = model.scatter(expected[part], found[n_table], keys, fetched)
         self.cpu.scatter(answer, n_table, values, first)
         self.count("scatter", answer.results(n_table)[0])
-        assert same_bits(answer.out, expected)
+        assert same_bits(answer.out, expected, self.rows)
         self.check({n_table: ()})
 
     # -- writers ------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from hps_numba.kernels.cuda.layout import TableLayout
 from tests.kernels.cuda.checked import CheckedCache
 from tests.kernels.cuda.checked_pooling import Part, pooled_query, pooled_scatter
-from tests.kernels.cuda.hashes import door_of
+from tests.kernels.cuda.hashes import digest_of, door_of, set_of
 from tests.kernels.cuda.oracle import Array
 
 RAGGED = (0, 1, 31, 32, 33, 255, 256, 257, 1000)
@@ -36,6 +36,43 @@ def keys_of_set(cache: CheckedCache, n_set: int = 0, table: int = 0) -> set[int]
     """Return the keys that a set holds in the cache's memory."""
     taken = cache.cpu.digests(table)[n_set] != 0
     return set(cache.cpu.stored_keys(table)[n_set][taken].tolist())
+
+
+def bits_for(cache: CheckedCache, n: int, *, seed: int) -> Array:
+    """Return rows of any bits: NaN, infinity, denormals and minus zero among them."""
+    bits = f"u{cache.rows.item_bytes}"
+    rng = np.random.default_rng(seed)
+    size = n, cache.rows.dim
+    rows = rng.integers(0, 1 << 8 * cache.rows.item_bytes, size).astype(bits)
+    half = cache.rows.stored == "float16"
+    special = [0x8000, 0x0001, 0x7C00, 0xFC00, 0x7C01, 0xFE00]
+    if not half:
+        special = [0x8000, 0x0001, 0x7F80, 0xFF80, 0x7F81, 0xFFC0]
+    words = np.array(special, bits) << (8 * cache.rows.item_bytes - 16)
+    chosen = rng.random(size) < 0.2
+    rows[chosen] = rng.choice(words, int(chosen.sum()))
+    return rows.view(cache.cpu.stored)
+
+
+def fill(cache: CheckedCache, keys: Array, rows: Array, *, table: int = 0) -> None:
+    """Write keys and rows to memory without a kernel."""
+    one = cache.oracle.tables[table]
+    for key, row in zip(keys.tolist(), rows, strict=True):
+        one.count(one.insert(key, row.tobytes(), epoch=0)[0])
+    cache.restore(table, {one.set_of(key) for key in keys.tolist()})
+
+
+def keys_in_set(
+    n: int, *, n_sets: int = 1, n_set: int = 0, digest: int | None = None
+) -> Array:
+    """Return ``n`` keys of one set, and of one digest if it is given."""
+    found: list[int] = []
+    key = 0
+    while len(found) < n:
+        if set_of(key, n_sets) == n_set and digest in (None, digest_of(key)):
+            found.append(key)
+        key += 1
+    return np.array(found, np.int64)
 
 
 def key_pool(n: int, rng: np.random.Generator) -> Array:
