@@ -8,9 +8,10 @@
 // those that meet. Memory itself always holds the newest values, which are what atomic
 // operations read.
 //
-// The stores of a word are in the order in which they were executed, and no load returns
-// a value that is stored later: of what PTX allows, this leaves out two lanes' stores to
-// two words that end in opposite orders, and loads held back behind later stores.
+// What PTX allows and this leaves out: two lanes' stores to two words that end in opposite
+// orders, since the stores of a word are in the order of their execution; loads that
+// return a value stored later; differences between the bytes of one word; comparisons that
+// fail on an old value. Scopes are taken for the whole GPU's.
 #include <stdlib.h>
 #include <string.h>
 
