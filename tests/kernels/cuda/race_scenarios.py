@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -138,6 +140,8 @@ def backfill_race(seed: int, writer: str, **schedule: Any) -> Counter[Outcome]:
         assert arena.cache.contents() == {}
     late = arena.insert(numbers, epoch=0, versions=old)
     settle(late, {Outcome.STALE})
+    if writer == "held update":
+        settle(np.concatenate(backfills), {Outcome.STALE})
     return Counter(Outcome(one) for one in np.concatenate(backfills).tolist())
 
 
@@ -158,52 +162,88 @@ def duplicate_race(seed: int, **schedule: Any) -> Counter[Outcome]:
     return counts
 
 
-def dump_race(seed: int, **schedule: Any) -> int:
-    """Dump beside writers that change one key after the other.
+@dataclass(frozen=True)
+class Step:
+    """One change of every set by one launch, and what became of it."""
 
-    Each step's outcome tells which keys a set had after it. What a dump says of a set
+    what: str
+    numbers: Array  # one key of each set, or none for a clear
+    outcomes: Array
+    gone: Array | None = None
+
+    def after(self, states: list[set[int]], keys: Array) -> list[set[int]]:
+        """Return the keys of each set after this step."""
+        if self.what == "clear":
+            return [set() for _ in states]
+        states = [set(state) for state in states]
+        for i, (state, key) in enumerate(zip(states, keys[self.numbers], strict=True)):
+            if self.outcomes[i] == Outcome.EVICTED:
+                state.discard(int(key if self.gone is None else self.gone[i]))
+            if self.what == "insert":
+                state.add(int(key))
+        return states
+
+
+def change_sets(arena: Arena, what: str, numbers: Array) -> Step:
+    """Launch one change of every set on the stream "writer"."""
+    if what == "clear":
+        return Step(what, numbers, arena.clear(stream="writer"))
+    if what == "evict":
+        return Step(what, numbers, arena.evict(numbers, stream="writer"))
+    rows = rows_of(numbers, arena.versions[numbers], arena.dim)
+    keys, epoch = arena.keys[numbers], arena.epoch
+    both = arena.cache.insert(keys, rows, epoch=epoch, stream="writer")
+    return Step(what, numbers, *both)
+
+
+def dump_race(seed: int, **schedule: Any) -> int:
+    """Dump beside a writer that changes one key of each set at a time, and clears.
+
+    Each step's outcomes tell which keys a set had after it. What a dump says of a set
     must be one of these states. Returns how many dumps fell between the first and the
     last one.
     """
-    n_sets = 1 + seed % 2
-    arena = Arena(seed, n_sets=n_sets, n_keys=36 * n_sets)
-    arena.insert(arena.some(100), epoch=0)
-    state = set(arena.cache.contents())
-    outside = [i for i in range(len(arena.keys)) if int(arena.keys[i]) not in state]
-    inside = [i for i in range(len(arena.keys)) if int(arena.keys[i]) in state]
-    steps, snapshots = [], []
+    arena = Arena(seed, n_sets=8, n_keys=450)
+    home = np.array([int(hash_key(key)) * 8 >> 64 for key in arena.keys])
+    columns = np.stack([np.flatnonzero(home == i)[: WAYS + 4] for i in range(8)], 1)
+    n_first = WAYS if seed % 2 else 5
+    arena.insert(columns[:n_first].ravel(), epoch=0)
+    states = [[set(arena.keys[columns[:n_first, i]].tolist()) for i in range(8)]]
+    plan = [("insert", j) for j in range(WAYS, WAYS + 4)]
+    plan += [("evict", j) for j in range(6)]
+    if seed % 2 == 0:
+        refill = [("insert", j) for j in range(4)]
+        plan = [("clear", 0), *refill, ("clear", 0), *refill, ("clear", 0)]
+    snapshots = []
     with arena.cache.launcher.together(seed, **schedule):
-        for i in range(8):
-            n_set = i % n_sets
-            snapshots.append((n_set, arena.cache.dump(n_set, 1, stream="dump")))
-        for number in outside[:4]:
-            one = np.array([number])
-            rows = rows_of(one, arena.versions[one], arena.dim)
-            steps.append(arena.cache.insert(arena.keys[one], rows, stream="writer"))
-        for number in inside[:4]:
-            key = arena.keys[number : number + 1]
-            steps.append((arena.cache.evict(key, stream="writer"), key))
-    states = [set(state)]
-    inserted = [int(arena.keys[number]) for number in outside[:4]]
-    for i, (outcome, gone) in enumerate(steps):
-        state = set(state)
-        if outcome[0] == Outcome.EVICTED:
-            state.discard(int(gone[0]))
-        if i < len(inserted):
-            state.add(inserted[i])
-        states.append(state)
-    assert states[-1] == set(arena.cache.contents())
-    return _in_between(arena, states, snapshots)
+        for i in range(40):
+            first = 4 * (i // 2 % 2)
+            dump = arena.cache.dump(first, 4, stream=f"dump {i % 2}")
+            snapshots.append((first, dump))
+        steps = [change_sets(arena, what, columns[j]) for what, j in plan]
+    for step in steps:
+        states.append(step.after(states[-1], arena.keys))
+    assert set().union(*states[-1]) == set(arena.cache.contents())
+    number_of = {int(key): i for i, key in enumerate(arena.keys)}
+    return sum(
+        _in_between(first, dump, states, lambda key: int(home[number_of[key]]))
+        for first, dump in snapshots
+    )
 
 
-def _in_between(arena: Arena, states: list[set[int]], snapshots: list[Any]) -> int:
-    n_between, n_sets = 0, len(arena.cache.seqs())
-    home = {int(k): int(hash_key(k)) * n_sets >> 64 for k in arena.keys}
-    for n_set, snapshot in snapshots:
-        keys, n_busy = dumped(snapshot)
-        assert n_busy == 0
-        assert len(set(keys.tolist())) == len(keys)
-        of_set = [{key for key in state if home[key] == n_set} for state in states]
-        assert set(keys.tolist()) in of_set, "keys of two instants"
-        n_between += set(keys.tolist()) not in (of_set[0], of_set[-1])
+def _in_between(
+    first: int, dump: Any, states: list[list[set[int]]], home: Callable[[int], int]
+) -> int:
+    """Return how many sets a dump saw between the first and the last state."""
+    keys, n_busy = dumped(dump)
+    assert n_busy == 0
+    assert len(set(keys.tolist())) == len(keys)
+    seen: list[set[int]] = [set() for _ in states[0]]
+    for key in keys.tolist():
+        seen[home(key)].add(key)
+    n_between = 0
+    for i, one in enumerate(seen):
+        known = [state[i] for state in states] if first <= i < first + 4 else [set()]
+        assert one in known, "keys of two instants"
+        n_between += one not in (known[0], known[-1])
     return n_between
