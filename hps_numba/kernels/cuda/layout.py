@@ -215,6 +215,22 @@ class TableLayout:
             if n < 1 or n & (n - 1):
                 raise ValueError(f"{name}={n} is not a power of two")
 
+    @classmethod
+    def for_rows(cls, n_rows: int, *, doorkeeper: bool = False) -> TableLayout:
+        """Return a table with as many ways as there are rows, or up to 27 more.
+
+        Of ``n_rows`` random keys about 92 % have a place in it at once. Ticks and the
+        doorkeeper are sized as ``docs/decisions/0005-cache-policies.md`` found best.
+        """
+        n_sets = -(-n_rows // WAYS)
+        n_slots = n_sets * WAYS
+        return cls(
+            n_sets,
+            n_stamps=max(1 << 14, 1 << (n_sets - 1).bit_length()),
+            tick_shift=max(0, n_slots.bit_length() - 3),
+            n_door=4 << (n_slots - 1).bit_length() if doorkeeper else 0,
+        )
+
     @property
     def n_slots(self) -> int:
         """Rows that the table holds at most."""

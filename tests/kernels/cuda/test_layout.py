@@ -157,6 +157,18 @@ def test_words_of_a_descriptor_do_not_overlap() -> None:
     assert max(constants) // 128 < min(changing) // 128
 
 
+@pytest.mark.parametrize("n_rows", [1, 28, 29, 1000, 10_000_000])
+def test_a_table_for_rows_has_a_way_for_each(n_rows: int) -> None:
+    table = TableLayout.for_rows(n_rows, doorkeeper=True)
+    assert n_rows <= table.n_slots < n_rows + WAYS
+    # A tick is more than an eighth of the ways, and a quarter at most.
+    assert 1 << table.tick_shift <= max(1, table.n_slots / 4)
+    assert 8 << table.tick_shift > table.n_slots
+    assert table.n_stamps >= max(table.n_sets, 1 << 14)
+    assert 4 * table.n_slots <= table.n_door < 8 * table.n_slots
+    assert TableLayout.for_rows(n_rows).n_door == 0
+
+
 def test_tables_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="n_sets=0"):
         TableLayout(n_sets=0)
