@@ -10,7 +10,7 @@ from hps_numba.kernels.cuda.layout import TableLayout
 from tests.kernels.cuda.checked import CheckedCache
 from tests.kernels.cuda.checked_pooling import Part, pooled_query, pooled_scatter
 from tests.kernels.cuda.hashes import digest_of, door_of, set_of
-from tests.kernels.cuda.oracle import Array
+from tests.kernels.cuda.oracle import LATEST, Array
 
 RAGGED = (0, 1, 31, 32, 33, 255, 256, 257, 1000)
 EXTREME = (-(2**63), -(2**63) + 1, -1, 0, 1, 2**63 - 2, 2**63 - 1)
@@ -58,7 +58,7 @@ def fill(cache: CheckedCache, keys: Array, rows: Array, *, table: int = 0) -> No
     """Write keys and rows to memory without a kernel."""
     one = cache.oracle.tables[table]
     for key, row in zip(keys.tolist(), rows, strict=True):
-        one.count(one.insert(key, row.tobytes(), epoch=0)[0])
+        one.count(one.insert(key, row.tobytes(), epoch=LATEST)[0])
     cache.restore(table, {one.set_of(key) for key in keys.tolist()})
 
 
