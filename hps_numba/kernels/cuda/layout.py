@@ -211,6 +211,8 @@ class TableLayout:
             raise ValueError(
                 f"n_sets={self.n_sets} is not between 1 and {2**32 // WAYS}"
             )
+        if not 0 <= self.tick_shift < 48:
+            raise ValueError(f"tick_shift={self.tick_shift} is not between 0 and 47")
         for name, n in (("n_stamps", self.n_stamps), ("n_door", self.n_door or 1)):
             if n < 1 or n & (n - 1):
                 raise ValueError(f"{name}={n} is not a power of two")

@@ -26,9 +26,9 @@ WEIGHT_BYTES = 4
 
 @cuda.jit(device=True, forceinline=True)
 def inverse(n):
-    """Return 1 / n of a positive float32 to within a unit in the last place."""
+    """Return 1 / n of a positive float32: the nearest float32, or its neighbour."""
     guess = roughly_inverse(n)
-    return f32(guess * f32(f32(2) - f32(n * guess)))
+    return f32(guess + f32(guess * f32(f32(1) - f32(n * guess))))
 
 
 @cuda.jit(device=True, forceinline=True)

@@ -178,6 +178,9 @@ def test_tables_that_cannot_be_are_refused() -> None:
         TableLayout(n_sets=1, n_stamps=3)
     with pytest.raises(ValueError, match="n_stamps=0"):
         TableLayout(n_sets=1, n_stamps=0)
+    for shift in (-1, 48):
+        with pytest.raises(ValueError, match=f"tick_shift={shift}"):
+            TableLayout(n_sets=1, tick_shift=shift)
     with pytest.raises(ValueError, match="n_door=12"):
         TableLayout(n_sets=1, n_door=12)
     with pytest.raises(ValueError, match="at least one table"):
