@@ -12,7 +12,7 @@ import numpy as np
 from hps_numba.kernels.cuda.layout import WAYS, Outcome, Policy
 from hps_numba.kernels.host.hashing import hash_key
 from tests.kernels.cuda.harness import Array, dumped
-from tests.kernels.cuda.races import Arena, Reads, rows_of
+from tests.kernels.cuda.races import Arena, Reads, hits_of, rows_of
 
 # A warp that is held up for long, and warps that take turns at every few accesses.
 SCHEDULES: list[dict[str, Any]] = [
@@ -160,6 +160,25 @@ def duplicate_race(seed: int, **schedule: Any) -> Counter[Outcome]:
     grown = arena.cache.total("size") - start
     assert counts[Outcome.INSERTED] == grown
     return counts
+
+
+def counting_race(seed: int, **schedule: Any) -> int:
+    """Insert keys while a query counts its unique hits and misses.
+
+    Occurrences of a key may hit and miss in one launch; it then counts as both. Returns
+    how many keys did.
+    """
+    arena = Arena(seed, n_sets=2, n_keys=24)
+    with arena.cache.launcher.together(seed, **schedule):
+        arena.query(0, 200, arena.versions, stream="reader", count_unique=True)
+        arena.insert(np.arange(24), epoch=0, stream="writer")
+    (asked,) = arena.readers[0].asked
+    hit, numbers = hits_of(asked), asked.numbers
+    missed, found = set(numbers[~hit].tolist()), set(numbers[hit].tolist())
+    results = asked.answer.results()
+    assert results[1] == len(missed)
+    assert results[3] == len(found)
+    return len(missed & found)
 
 
 @dataclass(frozen=True)

@@ -186,12 +186,12 @@ class Arena:
         *,
         stream: Any,
         fill: bool = False,
-        work: Any = None,
+        **options: Any,
     ) -> None:
         """Ask for keys, duplicates among them; ``oldest`` are versions by number."""
         numbers = self.rng.integers(0, len(self.keys), n)
         answer = self.cache.query(
-            self.keys[numbers], stream=stream, fill=fill, work=work
+            self.keys[numbers], stream=stream, fill=fill, **options
         )
         asked = Asked(numbers, answer, oldest.copy(), fill)
         self.readers[reader].asked.append(asked)

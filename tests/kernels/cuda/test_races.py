@@ -10,6 +10,7 @@ from hps_numba.kernels.cuda.layout import Outcome
 from tests.kernels.cuda.race_scenarios import (
     MEMORIES,
     backfill_race,
+    counting_race,
     dump_race,
     duplicate_race,
     mixed_races,
@@ -83,3 +84,9 @@ def test_a_dump_tells_keys_that_a_set_had_at_one_instant(memory: str) -> None:
     for schedule in MEMORIES[memory]:
         n_between += sum(dump_race(seed, **schedule) for seed in range(40))
     assert n_between > 0
+
+
+@in_both_memories
+def test_a_key_that_hits_and_misses_in_one_launch_counts_as_both(memory: str) -> None:
+    for schedule in MEMORIES[memory]:
+        assert sum(counting_race(seed, **schedule) for seed in range(20)) > 0
