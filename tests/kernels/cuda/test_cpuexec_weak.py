@@ -80,7 +80,7 @@ ORDERED = {
     "release and acquire": (nothing, store_release_u32, load_acquire_u32, nothing),
     "release and fence": (nothing, store_release_u32, load_u32, fence),
     "fence and acquire": (fence, store_u32, load_acquire_u32, nothing),
-    "release and acquire of 16 bytes": (
+    "release and acquire of a vector": (
         nothing,
         store_release_u32,
         load_flag_quad,
@@ -195,6 +195,25 @@ def test_a_word_of_64_bits_is_read_whole_and_a_vector_may_be_torn():
     seen = outcomes(write_wide, results=4)
     assert {one[:2] for one in seen} == {(0, 0), (1, 1)}
     assert {one[2:] for one in seen} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def write_in_order(words, number):
+    if cuda.blockIdx.x == 0:
+        for i in range(4):
+            store_release_u32(words + X + u64(i) * u64(4), u32(1))
+    else:
+        row = load_acquire_quad(words + X)
+        for i in range(4):
+            write_out(words, i, row[i])
+
+
+def test_elements_of_a_vector_are_acquired_in_any_order():
+    seen = set(outcomes(write_in_order, results=4, seeds=1000))
+    assert (0, 0, 0, 0) in seen
+    assert (1, 1, 1, 1) in seen
+    assert (1, 1, 0, 0) in seen
+    # The first was loaded before the second.
+    assert (0, 1, 1, 1) in seen
 
 
 def write_bytes(words, number):

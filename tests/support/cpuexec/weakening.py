@@ -84,12 +84,16 @@ def _fence(order: str, lines: list[str]) -> Iterator[str]:
     if order != "acquire":
         yield f"  call void @nv_weak_fence(i32 {int(order == 'seq_cst')})"
         return
-    # It stands behind a load of 16 bytes as one, and makes that an acquire.
+    # It stands behind a load of a vector, and makes that an acquire.
     place = len(lines) - 1
     while lines[place].startswith(" ") and not _LOAD_CALL.search(lines[place]):
         place -= 1
     found = _LOAD_CALL.search(lines[place])
-    if found is None or int(found[2]) & 0xFF != 16:
+    if found is None or not _is_vector(int(found[2])):
         raise NotImplementedError("an acquire fence stands for itself")
-    code = 16 | 16 << 8 | _ACQUIRE << 16
+    code = int(found[2]) | _ACQUIRE << 16
     lines[place] = _LOAD_CALL.sub(rf"\g<1>{code})", lines[place])
+
+
+def _is_vector(code: int) -> bool:
+    return code & 0xFF > code >> 8 & 0xFF

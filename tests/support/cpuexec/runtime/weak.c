@@ -175,8 +175,11 @@ void *nv_weak_load(uint64_t address, uint32_t what) {
         fail(-1, "weak memory: a load of %d bytes has no model", (int)size);
     unsigned char *scratch = weak->scratch + address % SCRATCH_BYTES;
     memcpy(scratch, (const void *)address, size);
-    for (uint64_t at = 0; at < size; at += whole)
-        load_whole(worker, address + at, whole, order_of(what) & ACQUIRE);
+    // The elements of a vector are loaded in any order.
+    uint64_t n = size / whole, first = n > 1 ? draw(worker, n) : 0;
+    for (uint64_t i = 0; i < n; i++)
+        load_whole(worker, address + (first + i) % n * whole, whole,
+                   order_of(what) & ACQUIRE);
     return scratch;
 }
 
