@@ -110,15 +110,23 @@ def halving() -> None:
 
 
 def small_batches() -> None:
-    """A few keys of three tables, some of them twice, in a workspace that they fill."""
+    """The same few keys of three tables, in a workspace that they fill."""
     cache = CheckedCache(RowLayout(12), [TableLayout(1)] * 3)
-    for seed in range(20):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
-        n = 3 + seed % 3
-        work = cache.cpu.workspace(3 * n, 3)
-        for _ in range(8):
-            keys = rng.choice(rng.integers(0, 1 << 40, n - 1), n)
-            cache.query(keys, keys, keys, work=work)
+        keys = rng.integers(0, 1 << 40, 2 + seed % 3)
+        work = cache.cpu.workspace(3 * len(keys), 3)
+        cache.query(keys, keys, keys, work=work)
+
+
+def claims_of_earlier_launches() -> None:
+    """As many keys as there are claims, and then one twice at places of its own."""
+    cache = CheckedCache(RowLayout(12), [TableLayout(1)] * 2)
+    work = cache.cpu.workspace(64, 2)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        cache.query(rng.integers(0, 1 << 40, 60), work=work)
+    cache.query(np.arange(60), np.array([7, 7, 8, 7]), work=work)
 
 
 def dumps_again() -> None:

@@ -202,14 +202,14 @@ _MISSES = (
         "misses",
         "if (other >> u64(GENERATION_SHIFT)) != generation:",
         "if other == u64(0):",
-        "small_batches",
+        "claims_of_earlier_launches",
     ),
     Mutant(
         "the generation stays",
         "misses",
         "store_u64(work + u64(GENERATION), generation + u64(1))",
         "store_u64(work + u64(GENERATION), generation + u64(0))",
-        "small_batches",
+        "claims_of_earlier_launches",
     ),
     Mutant(
         "a first occurrence gets no number",
