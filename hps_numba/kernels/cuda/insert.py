@@ -136,7 +136,7 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
              unique; of a key that is there twice, one row stays
     Cost     a key reads 64 bytes of metadata and writes 32, reads and writes its row;
              two atomic operations on its set
-    Oracle   tests/kernels/cuda/oracle.py: OracleCache.insert
+    Oracle   tests/kernels/cuda/oracle.py: OracleTable.insert
 
     ``epoch`` is the table's update epoch from before the rows were fetched: a key that
     was updated later keeps what it has.

@@ -61,7 +61,7 @@ def update_kernel(rows: RowLayout) -> KernelSpec:
     Races    safe beside queries, inserts and dumps; updates and evictions of one table
              come one after the other
     Cost     as an insert; scores are left alone
-    Oracle   tests/kernels/cuda/oracle.py: OracleCache.update
+    Oracle   tests/kernels/cuda/oracle.py: OracleTable.update
     """
     write = write_row(rows)
     stride, row_bytes = rows.stride_bytes, rows.row_bytes
