@@ -300,3 +300,13 @@ def test_the_number_of_a_set_wraps_around() -> None:
     for i in range(4):
         cache.insert(np.array([100 + i]), rows_for(cache, 1, seed=i))
     assert cache.cpu.seqs()[0] == 4
+
+
+def test_keys_spread_over_many_sets() -> None:
+    cache = CheckedCache(RowLayout(4), [TableLayout(5003)], preempt=0.01)
+    keys = np.random.default_rng(1).integers(-(2**63), 2**63, 1000, np.int64)
+    assert set(cache.insert(keys, rows_for(cache, 1000, seed=1))) == {Outcome.INSERTED}
+    answer, _ = cache.query(keys)
+    assert answer.results() == [0, 0, 1000, 0]
+    assert cache.dump().size == 1000
+    assert cache.evict(keys) == [Outcome.EVICTED] * 1000

@@ -5,6 +5,8 @@ import pytest
 
 from hps_numba.kernels.cuda.layout import (
     GENERATION,
+    SCORES,
+    SET_BYTES,
     WAYS,
     Policy,
     RowLayout,
@@ -248,6 +250,38 @@ def _keys_at_claim(n: int, table: int, place: int) -> Array:
     return np.array([next(keys) for _ in range(n)], np.int64)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_tables_do_not_take_each_others_claims(seed: int) -> None:
+    # Of 256 claims, those of the fourth table begin 19 after those of the first.
+    n = 64
+    keys = (k for k in range(10**6) if claim_of(k, 0, 256) == 100)
+    part = np.array([next(keys) for _ in range(n)], np.int64)
+    nothing = np.empty(0, np.int64)
+    cache = CheckedCache(RowLayout(4), [SMALL] * 4, schedule="uniform", preempt=0.02)
+    cache.launcher.seed = 1000 * seed
+    work = cache.cpu.workspace(2 * n, 4)
+    assert work[0].layout.n_claims == 256
+    answer, _ = cache.query(part, nothing, nothing, part, work=work)
+    assert answer.results(0) == answer.results(3) == [n, n, 0, 0]
+
+
+def test_a_key_that_comes_in_during_a_launch_is_told_apart_from_its_misses() -> None:
+    both = 0
+    for seed in range(40):
+        cache = CheckedCache(RowLayout(4), [SMALL])
+        with cache.launcher.together(seed, preempt=0.3):
+            answer = cache.cpu.query(np.full(200, 5), count_unique=True, stream=1)
+            cache.cpu.insert(np.array([5]), rows_for(cache, 1, seed=1), stream=2)
+        n_missing, n_unique, n_hits, n_unique_hits = answer.results()
+        assert n_missing + n_hits == 200
+        assert (n_unique, n_unique_hits) == (n_missing > 0, n_hits > 0)
+        assert answer.unique().tolist() == [5] * n_unique
+        assert (answer.numbers() == 0).all()
+        assert len(set(answer.missing()[:, 1].tolist())) == n_unique
+        both += n_unique and n_unique_hits
+    assert both > 5
+
+
 def test_the_last_generations_leave_room_for_position_and_kind() -> None:
     cache = _filled(RowLayout(4))
     work = cache.cpu.workspace(200)
@@ -299,3 +333,18 @@ def test_counts_of_uses_grow_slower_and_end_at_255() -> None:
     after = sum(sum(one.scores) for one in sets)
     assert before < after < before + 60 * 60 // 4
     assert max(max(one.scores) for one in sets) == 255
+
+
+def test_a_count_of_255_stays_even_if_the_lot_falls_on_it() -> None:
+    cache = _filled(RowLayout(4), n=1, policy=Policy.LFU)
+    table = cache.oracle.tables[0]
+    n_set, way = table.find(0)
+    table.sets[n_set].scores[way] = 255
+    # The clock with which the score's address draws the lot of all those at 255.
+    address = table.meta + n_set * SET_BYTES + SCORES + way
+    mixed = 5 * pow(0x9E3779B97F4A7C15, -1, 2**64) % 2**64
+    cache.set_clock(0, address ^ mixed)
+    assert table.chance(n_set, way, 255)
+    cache.restore(0, [n_set])
+    cache.query(np.array([0]))
+    assert cache.cpu.scores()[n_set, way] == 255
