@@ -1,0 +1,157 @@
+"""What the kernels' tests on the CPU amount to: rates, races and planted bugs.
+
+``python -m tests.kernels.cuda.figures`` runs a fixed workload and prints a JSON line
+for each figure, all of them counted; ``--json PATH`` writes the lines as well.
+``--part`` chooses ``rates``, ``races`` or ``bugs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hps_numba.kernels.cuda.layout import Policy, RowLayout
+from tests.kernels.cuda.checked import FIGURES, CheckedCache
+from tests.kernels.cuda.mutants import N_PROCESSES, all_mutants, judge_all
+from tests.kernels.cuda.pooled_races import pooled_race
+from tests.kernels.cuda.race_scenarios import (
+    MEMORIES,
+    backfill_race,
+    counting_race,
+    dump_race,
+    duplicate_race,
+    mixed_races,
+    update_race,
+)
+from tests.kernels.cuda.races import MAX_STEPS, Reads
+from tests.kernels.cuda.sequences import TABLES, RandomOperations
+from tests.kernels.cuda.weak_mutants import WEAK_MUTANTS, verdict_of
+
+Line = dict[str, Any]
+N_KEYS = 20_000  # that each kernel has at least
+N_SEEDS = 8  # of each race and schedule
+ROWS = (
+    (RowLayout(32), Policy.LRU),
+    (RowLayout(128, "float16"), Policy.LRU),
+    (RowLayout(7, "bfloat16", "bfloat16"), Policy.STATIC),
+)
+RACES: dict[str, Callable[..., Any]] = {
+    "readers, writers, backfills and a dump": lambda seed, **schedule: mixed_races(
+        seed, 4, **schedule
+    ),
+    "readers and updates": update_race,
+    "old backfills and an update": lambda seed, **schedule: backfill_race(
+        seed, "update", **schedule
+    ),
+    "old backfills and an update of held keys": lambda seed, **schedule: backfill_race(
+        seed, "held update", **schedule
+    ),
+    "old backfills and an eviction": lambda seed, **schedule: backfill_race(
+        seed, "evict", **schedule
+    ),
+    "old backfills and a clear": lambda seed, **schedule: backfill_race(
+        seed, "clear", **schedule
+    ),
+    "two inserts of the same keys": duplicate_race,
+    "dumps and a writer": dump_race,
+    "unique counts and inserts": counting_race,
+    "sums and updates": lambda seed, **schedule: pooled_race(
+        seed, dim=12, writer="update", **schedule
+    ),
+}
+
+
+def rates() -> Iterator[Line]:
+    """Yield how fast each kernel runs on the CPU, each launch beside the oracle."""
+    for rows, policy in ROWS:
+        FIGURES.clear()
+        cache = CheckedCache(rows, TABLES, policy, max_steps=MAX_STEPS)
+        RandomOperations(cache, 1).run(N_KEYS)
+        for (kernel, _), (n_keys, elapsed_s) in sorted(FIGURES.items()):
+            yield {
+                "figure": "rate",
+                "kernel": kernel,
+                "rows": rows.name,
+                "policy": policy.value,
+                "keys": int(n_keys),
+                "elapsed_s": round(elapsed_s, 4),
+                "keys_per_s": round(n_keys / elapsed_s),
+            }
+
+
+def races() -> Iterator[Line]:
+    """Yield how many races there were, how many were lost, and what readers saw."""
+    for memory, schedules in MEMORIES.items():
+        for name, race in RACES.items():
+            reads, n_races, errors = Reads(), 0, []
+            line: Line = {"figure": "race", "memory": memory, "race": name}
+            for seed in range(N_SEEDS):
+                for schedule in schedules:
+                    n_races += 1
+                    try:
+                        found = race(seed, **schedule)
+                    except AssertionError as error:
+                        errors.append(str(error))
+                        continue
+                    if isinstance(found, Reads):
+                        reads += found
+            line |= {"races": n_races, "lost": len(errors), "errors": errors[:3]}
+            if reads.n_hits:
+                line |= {"reads_hit": reads.n_hits, "reads_missed": reads.n_misses}
+            if race is update_race:  # whose keys are there all the time
+                line["reads_handed_on"] = reads.n_misses
+            yield line
+
+
+def bugs() -> Iterator[Line]:
+    """Yield how many bugs were planted and how many were caught."""
+    verdicts = [(one.mutant, one.error) for one in judge_all(all_mutants())]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(N_PROCESSES, mp_context=context) as pool:
+        weak = list(pool.map(verdict_of, WEAK_MUTANTS))
+    orderings = [(m.name, error) for m, error in zip(WEAK_MUTANTS, weak, strict=True)]
+    for kind, found in (("logic", verdicts), ("memory order", orderings)):
+        yield {
+            "figure": "planted bugs",
+            "kind": kind,
+            "planted": len(found),
+            "caught": sum(bool(error) for _, error in found),
+            "survivors": [name for name, error in found if not error],
+        }
+
+
+PARTS: dict[str, Callable[[], Iterator[Line]]] = {
+    "rates": rates,
+    "races": races,
+    "bugs": bugs,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the figures; return how many races were lost and bugs not caught."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.cuda.figures")
+    parser.add_argument("--json", type=Path, help="also write the lines here")
+    parser.add_argument("--part", choices=sorted(PARTS), action="append")
+    options = parser.parse_args(arguments)
+    machine = {"machine": platform.machine(), "cores": os.cpu_count()}
+    lines, n_bad = [], 0
+    for part in options.part or PARTS:
+        for line in PARTS[part]():
+            n_bad += line.get("lost", 0) + len(line.get("survivors", ()))
+            lines.append(json.dumps({**line, **machine}))
+            print(lines[-1], flush=True)  # noqa: T201 (a command)
+    if options.json:
+        options.json.write_text("\n".join(lines) + "\n")
+    return n_bad
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
