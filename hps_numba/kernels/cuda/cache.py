@@ -10,7 +10,14 @@ from hps_numba.kernels.cuda import dump, evict, insert, pooled, query, scatter, 
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.evict import HOLD
 from hps_numba.kernels.cuda.insert import ADMIT
-from hps_numba.kernels.cuda.layout import CacheLayout, Policy, RowLayout
+from hps_numba.kernels.cuda.layout import (
+    TABLE_BYTES,
+    CacheLayout,
+    Policy,
+    RowLayout,
+    widest,
+)
+from hps_numba.kernels.cuda.misses import UNCOUNTED
 from hps_numba.kernels.cuda.operands import Bags, Batch, Launcher, Workspace
 from hps_numba.kernels.cuda.pooled import MEAN
 from hps_numba.kernels.cuda.query import COUNT_UNIQUE, FILL
@@ -50,7 +57,11 @@ class Cache:
         self._launcher = launcher
 
     def kernels(self) -> Iterator[KernelSpec]:
-        """Yield what the operations launch, to be compiled ahead."""
+        """Yield what the operations launch, to be compiled ahead.
+
+        Outputs that are less aligned than a unit of the rows have kernels of their own,
+        which are compiled when they are first used.
+        """
         rows = self.layout.rows
         yield query.query_kernel(rows, self.policy)
         yield query.query_kernel(rows, Policy.STATIC)
@@ -90,7 +101,7 @@ class Cache:
         count_unique
             Count unique hits too; a little slower.
         touch
-            Let hits count as uses of their rows.
+            Let the launch count: in scores, in the totals, on the clock.
         stream
             Where the launch is queued.
 
@@ -99,11 +110,12 @@ class Cache:
         ValueError
             If there are more keys or tables than the workspace or the cache has.
         """
-        self._check(batch.n, batch.n_tables, work)
+        self._check(batch.n, batch, work)
         policy = self.policy if touch else Policy.STATIC
         spec = query.query_kernel(self._rows_for(out), policy)
-        flags = FILL * fill | COUNT_UNIQUE * count_unique
-        args = (self.base, batch.offsets, batch.n, batch.keys, out, work.base, flags)
+        flags = FILL * fill | COUNT_UNIQUE * count_unique | UNCOUNTED * (not touch)
+        base = self.base + TABLE_BYTES * batch.first_table
+        args = (base, batch.offsets, batch.n, batch.keys, out, work.base, flags)
         self._launcher.launch(spec, batch.grid(spec.block), args, stream)
 
     def scatter(
@@ -125,7 +137,7 @@ class Cache:
         batch
             That of the query.
         table
-            Whose missing keys were fetched.
+            Whose missing keys were fetched, counted from the query's first table.
         values
             Address of the rows, (n_rows, dim) of the stored type.
         first, n_rows
@@ -133,8 +145,9 @@ class Cache:
         out, work, stream
             Those of the query.
         """
-        self._check_table(table)
-        spec = scatter.scatter_kernel(self._rows_for(out))
+        rows = self._rows_for(out)
+        _check_scattered(batch, table, values, rows)
+        spec = scatter.scatter_kernel(rows)
         grid = batch.grid(spec.block)[0], 1
         args = (work.base, table, batch.offsets, values, first, n_rows, out)
         self._launcher.launch(spec, grid if n_rows else (0, 1), args, stream)
@@ -177,9 +190,11 @@ class Cache:
         Raises
         ------
         ValueError
-            If there is no such table, or ``admit`` is asked of one without doorkeeper.
+            If there is no such table, ``admit`` is asked of one without doorkeeper, or
+            ``values`` are less aligned than the widest access that divides a row.
         """
         self._check_table(table)
+        _check_aligned(values, widest(self.layout.rows.row_bytes))
         if admit and not self.layout.tables[table].n_door:
             raise ValueError(f"table {table} has no doorkeeper to admit keys")
         spec = insert.insert_kernel(self.layout.rows, self.policy)
@@ -197,15 +212,17 @@ class Cache:
         keys: int,
         values: int,
         epoch: int,
-        outcomes: int = 0,
+        outcomes: int,
         stream: Any = None,
     ) -> None:
         """Replace the rows of keys that are there; see :meth:`insert`.
 
         Rows that were read before ``epoch`` are refused from now on, also those of keys
-        that are not there.
+        that are not there. ``outcomes`` says which keys were BUSY: they are to be
+        updated again.
         """
         self._check_table(table)
+        _check_aligned(values, widest(self.layout.rows.row_bytes))
         spec = update.update_kernel(self.layout.rows)
         args = (self.base, table, keys, values, n, epoch, outcomes)
         self._launcher.launch(spec, _warps(spec, n), args, stream)
@@ -217,18 +234,22 @@ class Cache:
         *,
         keys: int,
         epoch: int,
-        outcomes: int = 0,
+        outcomes: int,
         stream: Any = None,
     ) -> None:
-        """Remove keys; rows of before ``epoch`` are refused from now on."""
+        """Remove keys; rows of before ``epoch`` are refused; see :meth:`update`."""
         self._evict(
             table, n, keys, epoch, remove=True, outcomes=outcomes, stream=stream
         )
 
     def hold(
-        self, table: int, n: int, *, keys: int, outcomes: int = 0, stream: Any = None
+        self, table: int, n: int, *, keys: int, outcomes: int, stream: Any = None
     ) -> None:
-        """Refuse inserts of keys until an update or an eviction of them."""
+        """Refuse inserts of keys until they are updated or evicted.
+
+        Keys share stamps, so nothing else of the table may be updated or evicted before
+        these are.
+        """
         self._evict(
             table, n, keys, HOLD, remove=False, outcomes=outcomes, stream=stream
         )
@@ -249,13 +270,11 @@ class Cache:
         args = (self.base, table, keys, n, epoch, int(remove), outcomes)
         self._launcher.launch(spec, _warps(spec, n), args, stream)
 
-    def clear(
-        self, table: int, *, epoch: int, busy: int = 0, stream: Any = None
-    ) -> None:
+    def clear(self, table: int, *, epoch: int, busy: int, stream: Any = None) -> None:
         """Remove all keys of a table; rows of before ``epoch`` are refused from now on.
 
         ``busy`` is the address of uint8 (n_sets,) that gets a 1 for each set that could
-        not be cleared, or 0.
+        not be cleared.
         """
         self._check_table(table)
         spec = evict.clear_kernel()
@@ -322,11 +341,12 @@ class Cache:
         ValueError
             If rows are not given out as float32, or as :meth:`query`.
         """
-        self._check(bags.n_keys, batch.n_tables, work)
+        self._check(bags.n_keys, batch, work)
         spec = pooled.pooled_query_kernel(self._rows_for(out), self.policy)
         args = (
-            *(self.base, batch.offsets, batch.n, bags.begins, batch.keys),
-            *(bags.weights, out, work.base, FILL * fill | MEAN * bags.mean),
+            *(self.base + TABLE_BYTES * batch.first_table, batch.offsets, batch.n),
+            *(bags.begins, batch.keys, bags.n_keys, bags.weights),
+            *(out, work.base, FILL * fill | MEAN * bags.mean),
         )
         grid = batch.grid(spec.block // _WARP)
         self._launcher.launch(spec, grid, args, stream)
@@ -345,8 +365,9 @@ class Cache:
         stream: Any = None,
     ) -> None:
         """Add fetched rows to the bags that missed them; see :meth:`scatter`."""
-        self._check_table(table)
-        spec = pooled.pooled_scatter_kernel(self._rows_for(out))
+        rows = self._rows_for(out)
+        _check_scattered(batch, table, values, rows)
+        spec = pooled.pooled_scatter_kernel(rows)
         args = (
             *(work.base, table, batch.offsets, bags.begins, bags.weights),
             *(values, first, n_rows, out, MEAN * bags.mean),
@@ -364,15 +385,17 @@ class Cache:
             raise ValueError(f"out={out:#x} is not aligned to {rows.out} values")
         return replace(rows, alignment=alignment)
 
-    def _check(self, n_keys: int, n_tables: int, work: Workspace) -> None:
+    def _check(self, n_keys: int, batch: Batch, work: Workspace) -> None:
         if n_keys > work.layout.n_keys:
             raise ValueError(
                 f"{n_keys} keys exceed the workspace's {work.layout.n_keys}"
             )
-        if n_tables > min(work.layout.n_tables, len(self.layout.tables)):
+        end = batch.first_table + batch.n_tables
+        if batch.n_tables > work.layout.n_tables or end > len(self.layout.tables):
             raise ValueError(
-                f"{n_tables} tables exceed the workspace's {work.layout.n_tables} or "
-                f"the cache's {len(self.layout.tables)}"
+                f"{batch.n_tables} tables from table {batch.first_table} on exceed the "
+                f"workspace's {work.layout.n_tables} or the cache's "
+                f"{len(self.layout.tables)}"
             )
 
     def _check_table(self, table: int) -> None:
@@ -380,6 +403,17 @@ class Cache:
             raise ValueError(
                 f"table {table} is none of the cache's {len(self.layout.tables)}"
             )
+
+
+def _check_scattered(batch: Batch, table: int, values: int, rows: RowLayout) -> None:
+    if not 0 <= table < batch.n_tables:
+        raise ValueError(f"table {table} is none of the query's {batch.n_tables}")
+    _check_aligned(values, rows.load_bytes)
+
+
+def _check_aligned(values: int, n_bytes: int) -> None:
+    if values % n_bytes:
+        raise ValueError(f"values={values:#x} are not aligned to {n_bytes} bytes")
 
 
 def _warps(spec: KernelSpec, n: int) -> tuple[int, int]:

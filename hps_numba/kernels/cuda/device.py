@@ -25,6 +25,7 @@ from hps_numba.kernels.cuda.ptx import (
     load_u8,
     load_u32,
     load_u64,
+    opaque,
     shuffle_u32,
     store_release_u32,
     swap_acquire_u32,
@@ -72,8 +73,8 @@ def probe(meta, keys, key, digest):
     """Look for a key in a set, as one thread beside writers.
 
     The upper half of the metadata is loaded before ``seq``, so that the two are in
-    flight together. A digest from before ``seq`` costs a miss at worst: the key
-    decides.
+    flight together. A digest from before ``seq`` may hide a key that is there, or show
+    one that was there when the lookup began; what the row is, the key decides.
 
     Returns
     -------
@@ -126,7 +127,7 @@ def lock_set(meta):
     """
     seq = u32(BUSY)
     if cuda.laneid == 0:
-        for _ in range(SPINS):
+        for _ in range(opaque(u32(SPINS))):
             now = load_u32(meta)
             if (now & u32(1)) == u32(0) and swap_acquire_u32(
                 meta, now, u32(now | u32(1))
@@ -181,6 +182,15 @@ def meta_of(table, n_set):
 
 
 @cuda.jit(device=True, forceinline=True)
+def start_of(offsets, table):
+    """Return where a table's part of the last query began; see ``segment``."""
+    start = u64(0)
+    if offsets != u64(0):
+        start = load_const_u64(offsets + table * u64(8))
+    return start
+
+
+@cuda.jit(device=True, forceinline=True)
 def segment(offsets, table, n):
     """Return the first and the end of a table's part of a launch.
 
@@ -189,9 +199,17 @@ def segment(offsets, table, n):
     start = u64(0)
     end = u64(n)
     if offsets != u64(0):
-        start = load_const_u64(offsets + table * u64(8))
-        end = load_const_u64(offsets + table * u64(8) + u64(8))
+        # Whatever memory says, nothing is read or written past the launch's own.
+        end = min(load_const_u64(offsets + table * u64(8) + u64(8)), end)
+        start = min(load_const_u64(offsets + table * u64(8)), end)
     return start, end
+
+
+@cuda.jit(device=True, forceinline=True)
+def blocks_for(n, per_block):
+    """Return how many blocks take ``n``: one at least, and no more than there are."""
+    needed = (n + u64(per_block - 1)) // u64(per_block)
+    return u32(min(max(needed, u64(1)), u64(cuda.gridDim.x)))
 
 
 @cuda.jit(device=True, forceinline=True)

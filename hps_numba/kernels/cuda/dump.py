@@ -32,6 +32,7 @@ from hps_numba.kernels.cuda.ptx import (
     load_u8,
     load_u32,
     load_u64,
+    opaque,
     shuffle_u32,
     store_u32,
     store_u64,
@@ -71,7 +72,7 @@ def dump_kernel() -> KernelSpec:
     Races    safe beside all other kernels; takes no lock. Keys of one set are of one
              instant. Nothing else uses ``counts``
     Cost     288 bytes read a set; one atomic operation
-    Oracle   tests/kernels/cuda/oracle.py: OracleCache.dump
+    Oracle   tests/kernels/cuda/oracle.py: OracleTable.dump
 
     The rows are had by a query of the keys that touches no scores.
     """
@@ -86,7 +87,7 @@ def dump_kernel() -> KernelSpec:
             slots = load_const_u64(table + u64(KEYS))
             slots += (first + n_set) * u64(WAYS * KEY_BYTES)
             taken, key, still = False, u64(0), False
-            for _ in range(LOOKS):
+            for _ in range(opaque(u32(LOOKS))):
                 taken, key, still = snapshot(meta, slots, lane)
                 if still:
                     break

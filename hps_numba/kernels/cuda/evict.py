@@ -58,10 +58,11 @@ def evict_kernel() -> KernelSpec:
     Races    safe beside queries, inserts and dumps; updates and evictions of one table
              come one after the other
     Cost     a key reads 64 bytes of metadata and 32 of keys; two atomic operations
-    Oracle   tests/kernels/cuda/oracle.py: OracleCache.evict
+    Oracle   tests/kernels/cuda/oracle.py: OracleTable.evict
 
     With ``remove`` 0 and the epoch HOLD the keys are *held*: what the cache has is
     served on, and no insert passes until an update or an eviction sets another epoch.
+    Keys share stamps, so between a hold and its update no other batch may stamp.
     """
 
     def evict(tables, n_table, keys, n, epoch, remove, outcomes):
@@ -111,7 +112,7 @@ def clear_kernel() -> KernelSpec:
              again
     Races    as an eviction
     Cost     32 bytes read and written a set
-    Oracle   tests/kernels/cuda/oracle.py: OracleCache.clear
+    Oracle   tests/kernels/cuda/oracle.py: OracleTable.clear
     """
 
     def clear(tables, n_table, epoch, busy):

@@ -38,8 +38,9 @@ META, KEYS, ROWS, N_SETS = 0, 8, 16, 24
 STAMPS, STAMP_MASK, DOOR, DOOR_MASK = 32, 40, 48, 56
 TICK_SHIFT = 64
 # Words that kernels change, on lines of their own.
-CLOCK, FLOOR, SIZE = 128, 136, 144
-HITS, MISSES, INSERTED, EVICTED, REFUSED, UPDATED = 160, 168, 176, 184, 192, 200
+CLOCK, FLOOR = 128, 136
+SIZE, HITS, MISSES, INSERTED = 160, 168, 176, 184
+EVICTED, REFUSED, UPDATED = 192, 200, 208
 
 # Header of a workspace, and after it 16 bytes of counters and of results a table.
 GENERATION, TICKET, CLAIMS, CLAIM_MASK = 0, 8, 16, 24

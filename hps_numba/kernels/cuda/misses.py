@@ -51,6 +51,8 @@ from hps_numba.kernels.cuda.scores import step_of
 
 u32, u64 = np.uint32, np.uint64
 
+UNCOUNTED = 8  # flag: neither totals nor the clock hear of the launch
+
 POSITION_BITS = 24
 POSITION_MASK = (1 << POSITION_BITS) - 1
 HIT_BIT = 1 << POSITION_BITS
@@ -150,22 +152,26 @@ def counters_of(work, n_table):
 
 
 @cuda.jit(device=True, forceinline=True)
-def end_launch(work, n_table, table, n_keys):
+def end_launch(work, n_table, table, n_keys, n_blocks, flags):
     """Let the last block publish the results and make the workspace ready again.
 
-    The whole block calls this. Who draws a table's last ticket publishes that table:
-    all others' counts were added before they drew theirs. The last table ends the
-    generation.
+    All of a table's ``n_blocks`` call this, each as a whole. Who draws a table's last
+    ticket publishes that table: all others' counts were added before they drew theirs.
+    The last table ends the generation.
     """
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         counters = counters_of(work, n_table)
         fence()
         ticket = add_u32(counters + u64(TABLE_TICKET), u32(1))
-        if u32(ticket + u32(1)) == u32(cuda.gridDim.x):
+        if u32(ticket + u32(1)) == n_blocks:
             fence()
             results = load_const_u64(work + u64(RESULTS))
-            publish(counters, results + n_table * u64(COUNTER_BYTES), table, n_keys)
+            publish(counters, results + n_table * u64(COUNTER_BYTES), n_keys)
+            if (flags & u32(UNCOUNTED)) == u32(0):
+                count_keys(counters, table, n_keys)
+            store_u64(counters, u64(0))
+            store_u64(counters + u64(8), u64(0))
             fence()
             if u32(add_u32(work + u64(TICKET), u32(1)) + u32(1)) == cuda.gridDim.y:
                 fence()
@@ -175,8 +181,8 @@ def end_launch(work, n_table, table, n_keys):
 
 
 @cuda.jit(device=True, forceinline=True)
-def publish(counters, result, table, n_keys):
-    """Move one table's counters to its results and totals, and advance its clock."""
+def publish(counters, result, n_keys):
+    """Copy one table's counters to its results."""
     n_missing = load_u32(counters + u64(N_MISSING))
     n_hits = u32(n_keys - u64(n_missing))
     store_u32(result + u64(N_MISSING), n_missing)
@@ -185,8 +191,12 @@ def publish(counters, result, table, n_keys):
     )
     store_u32(result + u64(N_HITS), n_hits)
     store_u32(result + u64(N_UNIQUE_HITS), load_u32(counters + u64(N_UNIQUE_HITS)))
-    store_u64(counters, u64(0))
-    store_u64(counters + u64(8), u64(0))
-    add_u64(table + u64(HITS), u64(n_hits))
-    add_u64(table + u64(MISSES), u64(n_missing))
+
+
+@cuda.jit(device=True, forceinline=True)
+def count_keys(counters, table, n_keys):
+    """Add one table's counters to its totals, and advance its clock."""
+    n_missing = u64(load_u32(counters + u64(N_MISSING)))
+    add_u64(table + u64(HITS), n_keys - n_missing)
+    add_u64(table + u64(MISSES), n_missing)
     add_u64(table + u64(CLOCK), step_of(table, n_keys))

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.layout import WorkLayout
 
+MAX_TABLES = 65535  # of one launch: the grid's limit in y
+
 
 class Launcher(Protocol):
     """Whoever runs kernels: a device, or a stand-in for one."""
@@ -44,8 +46,8 @@ class Batch:
     offsets
         Address of uint64 (n_tables + 1,), where each table's part begins; 0 if all is
         table 0's.
-    n_tables
-        Tables that ``offsets`` is for.
+    n_tables, first_table
+        Which tables of the cache the parts are for; ``offsets`` counts from the first.
     n_longest
         Keys or bags of the longest table; ``n`` unless given.
     """
@@ -55,6 +57,13 @@ class Batch:
     offsets: int = 0
     n_tables: int = 1
     n_longest: int | None = None
+    first_table: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_tables <= MAX_TABLES:
+            raise ValueError(
+                f"n_tables={self.n_tables} is not between 1 and {MAX_TABLES}"
+            )
 
     def grid(self, per_block: int) -> tuple[int, int]:
         """Return a grid of one block a table at least: an empty launch reports, too."""

@@ -17,9 +17,11 @@ from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.device import (
     ATTEMPTS,
     begin_reads,
+    blocks_for,
     end_reads,
     probe,
     segment,
+    start_of,
     unchanged,
 )
 from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of
@@ -60,6 +62,7 @@ u32, u64, f32 = np.uint32, np.uint64, np.float32
 
 MEAN = 4  # flag: sums are divided by the number of the bag's keys
 BLOCK = 128
+BAGS_A_BLOCK = BLOCK // 32
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -69,6 +72,12 @@ def scale_of(begin, stop, flags):
     if (flags & u32(MEAN)) != u32(0) and stop > begin:
         scale = inverse(f32(u32(stop - begin)))
     return scale
+
+
+@cuda.jit(device=True, forceinline=True)
+def begin_of(bags, bag, n_keys):
+    """Return where a bag's keys begin, none of them past the launch's own."""
+    return min(load_const_u64(bags + bag * u64(8)), n_keys)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -146,7 +155,8 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     Launch   grid (blocks of the longest table's bags, n_tables), 256 threads, a warp
              per bag, no shared memory
     Reads    offsets uint64 (n_tables + 1,) of bags, or address 0: all ``n_bags`` are
-             table 0's; bags uint64 (n_bags + 1,): where a bag's keys begin; keys int64;
+             table 0's; bags uint64 (n_bags + 1,): where a bag's keys begin; keys int64
+             (n_keys,);
              weights float32 of the keys, or address 0; sets as ``layout`` describes
              them
     Writes   out float32 (n_bags, dim): sums over hits, and over default rows for misses
@@ -154,7 +164,8 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
              or not; scores; in the workspace the misses (``WorkLayout.missing``),
              results, N_BAGS among them; per table the clock and the totals
     Races    safe beside all other kernels; takes no lock. A key whose set is written to
-             meanwhile counts as a miss. Nothing else uses the workspace
+             meanwhile counts as a miss, and if that happens in two attempts all keys
+             of the bag do. Nothing else uses the workspace
     Cost     as a query, but 4 * dim bytes are written a bag instead of a row a key
     Oracle   tests/kernels/cuda/oracle.py: OracleCache.pooled_query
     """
@@ -163,18 +174,24 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     pool_chunk = chunk_pooler(rows, policy)
     out_bytes = rows.out_bytes
 
-    def pooled_query(tables, offsets, n_bags, bags, keys, weights, out, work, flags):
+    def pooled_query(
+        tables, offsets, n_bags, bags, keys, n_keys, weights, out, work, flags
+    ):
         lane = u32(cuda.laneid)
         n_table = u64(cuda.blockIdx.y)
         table = tables + n_table * u64(TABLE_BYTES)
         first_bag, end_bag = segment(offsets, n_table, n_bags)
-        start = load_const_u64(bags + first_bag * u64(8))
-        end = load_const_u64(bags + end_bag * u64(8))
+        n_blocks = blocks_for(end_bag - first_bag, BAGS_A_BLOCK)
+        if u32(cuda.blockIdx.x) >= n_blocks:
+            return
+        end_bag = min(end_bag, first_bag + u64(n_blocks) * u64(BAGS_A_BLOCK))
+        start = begin_of(bags, first_bag, n_keys)
+        end = max(begin_of(bags, end_bag, n_keys), start)
         thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
         bag = first_bag + (thread >> u64(5))
         if bag < end_bag:
-            begin = load_const_u64(bags + bag * u64(8))
-            stop = load_const_u64(bags + bag * u64(8) + u64(8))
+            begin = begin_of(bags, bag, n_keys)
+            stop = max(begin_of(bags, bag + u64(1), n_keys), begin)
             scale = scale_of(begin, stop, flags)
             fill = (flags & u32(FILL)) != u32(0)
             target = out + bag * u64(out_bytes)
@@ -200,10 +217,10 @@ def pooled_query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                 place = add_u32(counters + u64(N_BAGS), u32(1))
                 entry = load_const_u64(work + u64(MISSING))
                 store_u32(entry + (start + u64(place)) * u64(8), u32(bag))
-        end_launch(work, n_table, table, end - start)
+        end_launch(work, n_table, table, end - start, n_blocks, flags)
 
     name = f"pooled_query_{rows.name}_{policy.value}"
-    return KernelSpec(name, pooled_query, "UUUUUUUUu", block=BLOCK)
+    return KernelSpec(name, pooled_query, "UUUUUUUUUu", block=BLOCK)
 
 
 @cache
@@ -233,8 +250,7 @@ def pooled_scatter_kernel(rows: RowLayout) -> KernelSpec:
         results += u64(n_table) * u64(COUNTER_BYTES)
         if i >= u64(load_u32(results + u64(N_BAGS))):
             return
-        first_bag, _ = segment(offsets, u64(n_table), u64(0))
-        start = load_const_u64(bags + first_bag * u64(8))
+        start = load_const_u64(bags + start_of(offsets, u64(n_table)) * u64(8))
         missing = load_const_u64(work + u64(MISSING))
         firsts = load_const_u64(work + u64(FIRSTS))
         bag = u64(load_u32(missing + (start + i) * u64(8)))

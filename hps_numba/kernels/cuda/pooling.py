@@ -66,7 +66,8 @@ def sum_rows(rows: RowLayout, stride_bytes: int) -> Any:
 
     A row takes as many lanes as it has units, rounded up to a power of two, 32 at most;
     so a warp reads several short rows at once and adds them up at the end. The order of
-    the additions depends on nothing but the bag, so that results can be repeated.
+    the additions follows from the bag, from which of its keys hit, and from the pieces
+    in which the others were fetched: the same in the same case.
     """
     code = unit_code(rows)
     load, convert, store = code.load, code.convert, code.store

@@ -169,8 +169,8 @@ load_u8 = _load("relaxed.gpu.global", 8)
 load_u32 = _load("relaxed.gpu.global", 32)
 load_u64 = _load("relaxed.gpu.global", 64)
 load_quad = _load_words("relaxed.gpu.global", 4)
-# The same, but an old value will do: L1 may give it, which spares a line that all want.
-load_near_u64 = _load("relaxed.cta.global", 64)
+# What follows in the program is loaded after all four words.
+load_acquire_quad = _load_words("acquire.gpu.global", 4)
 load_acquire_u32 = _load("acquire.gpu.global", 32)
 store_u8 = _store("relaxed.gpu.global", 8)
 store_u32 = _store("relaxed.gpu.global", 32)
@@ -191,7 +191,7 @@ store_row = {
     4: _store("relaxed.gpu.global", 32),
     2: _store("relaxed.gpu.global", 16),
 }
-# The output, which this launch does not read again.
+# The output, which is seldom read again by the same launch.
 store_out = {
     16: _store_words("global.cs", 4),
     8: _store_words("global.cs", 2),
@@ -205,24 +205,6 @@ max_u64 = _atomic("max", 64)
 swap_acquire_u32 = _compare_and_swap("acquire", 32)
 swap_u64 = _compare_and_swap("relaxed", 64)
 fence = _statement("fence.acq_rel.gpu;")
-
-
-@intrinsic
-def load_acquire_quad(typingctx, address):
-    """Load 16 bytes as one access; what follows in the program is loaded later."""
-    text = (
-        "{ .reg .b128 all; .reg .b64 low, high; ld.acquire.gpu.global.b128 all, [$4]; "
-        "mov.b128 {low, high}, all; mov.b64 {$0,$1}, low; mov.b64 {$2,$3}, high; }"
-    )
-
-    def lower(context, builder, signature, args):
-        words = ir.LiteralStructType([I32] * 4)
-        got = _asm(builder, words, args, text, "=r,=r,=r,=r,l")
-        return _quad(
-            context, builder, [builder.extract_value(got, i) for i in range(4)]
-        )
-
-    return QUAD(types.uint64), lower
 
 
 @intrinsic
@@ -254,7 +236,8 @@ def _shuffle(builder: Any, value: Any, lane: Any) -> Any:
     text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
     kind = ir.FunctionType(I32, [I32, I32])
     asm = ir.InlineAsm(kind, text, "=r,r,r", side_effect=True)
-    return builder.call(asm, [value, lane])
+    # Convergent: all lanes stay together where this is called.
+    return builder.call(asm, [value, lane], attrs=("convergent",))
 
 
 @intrinsic

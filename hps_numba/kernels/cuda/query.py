@@ -11,6 +11,7 @@ from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.device import (
     ATTEMPTS,
     begin_reads,
+    blocks_for,
     end_reads,
     probe,
     segment,
@@ -51,7 +52,8 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
              memory; a thread looks for one key, a warp copies the rows of its 32
     Reads    offsets uint64 (n_tables + 1,) or address 0: all ``n`` keys are table 0's;
              keys int64 (n,); sets as ``layout`` describes them
-    Writes   out (n, dim) for hits, and for misses with FILL; scores; in the workspace
+    Writes   out (n, dim) for hits, and for misses with FILL, else those may hold
+             anything until they are scattered; scores; in the workspace
              the misses (``misses``), and the results; per table the clock and the
              totals
     Races    safe beside all other kernels; takes no lock. A key whose set is written to
@@ -69,6 +71,10 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
         n_table = u64(cuda.blockIdx.y)
         table = tables + n_table * u64(TABLE_BYTES)
         start, end = segment(offsets, n_table, n)
+        n_blocks = blocks_for(end - start, BLOCK)
+        if u32(cuda.blockIdx.x) >= n_blocks:
+            return
+        end = min(end, start + u64(n_blocks) * u64(BLOCK))
         thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
         position = start + thread
         target = out + (position - u64(lane)) * u64(out_bytes)
@@ -107,7 +113,7 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
         missed = live and not hit
         claiming = missed or (hit and (flags & u32(COUNT_UNIQUE)) != u32(0))
         record_misses(work, n_table, keys, start, end, position, missed, claiming)
-        end_launch(work, n_table, table, end - start)
+        end_launch(work, n_table, table, end - start, n_blocks, flags)
 
     name = f"query_{rows.name}_{policy.value}"
     return KernelSpec(name, query, "UUUUUUu", block=BLOCK, max_registers=MAX_REGISTERS)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
+from hps_numba.kernels.cuda.device import first_bit
 from hps_numba.kernels.cuda.layout import RowLayout, widest
 from hps_numba.kernels.cuda.ptx import (
     float16_bits_to_float32_bits,
@@ -123,8 +124,8 @@ def gather_rows(rows: RowLayout, stride_bytes: int, *, contiguous: bool) -> Any:
 
     Unit ``i * 32 + lane`` of the 32 rows is lane's in round i, so that neighbours touch
     neighbouring bytes whatever the dim. Four rounds' loads are in flight before the
-    first store. There is no branch between the loads: a lane whose row is not wanted
-    names some row that exists, and only the store is left out.
+    first store. There is no branch between the
+    loads: for a row that is not wanted, only the store is left out.
     """
     load, convert, store = unit_code(rows)
     units, load_bytes, store_bytes = rows.units, rows.load_bytes, rows.store_bytes
@@ -151,7 +152,11 @@ def gather_rows(rows: RowLayout, stride_bytes: int, *, contiguous: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def gather(base, number, target, wanted, lane):
-        """Copy row ``number`` of those at ``base``, for lanes in ``wanted``."""
+        """Copy row ``number`` of those at ``base``, for lanes in ``wanted``, not 0."""
+        # Lanes that want no row ask for one that is wanted: it is there, and near.
+        common = shuffle_u32(number, first_bit(wanted))
+        if (u32(wanted >> lane) & u32(1)) == u32(0):
+            number = common
         # Unrolled further, the loop would need more registers than it has time to win.
         end = opaque(u32(units))
         start = u32(0)
@@ -192,8 +197,24 @@ def write_row(rows: RowLayout) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def write(source, target, lane):
-        for unit in range(lane, n_units, 32):
-            offset = u64(unit) * u64(width)
-            store(target + offset, load(source + offset))
+        """Move units of the row, four in flight a lane."""
+        end = opaque(u32(n_units))
+        unit = lane
+        while unit < end:
+            second, third = u32(unit + u32(32)), u32(unit + u32(64))
+            fourth = u32(unit + u32(96))
+            # A lane without a unit there loads its first one again.
+            a = load(source + u64(unit) * u64(width))
+            b = load(source + u64(second if second < end else unit) * u64(width))
+            c = load(source + u64(third if third < end else unit) * u64(width))
+            d = load(source + u64(fourth if fourth < end else unit) * u64(width))
+            store(target + u64(unit) * u64(width), a)
+            if second < end:
+                store(target + u64(second) * u64(width), b)
+            if third < end:
+                store(target + u64(third) * u64(width), c)
+            if fourth < end:
+                store(target + u64(fourth) * u64(width), d)
+            unit = u32(unit + u32(128))
 
     return write

@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.device import segment
+from hps_numba.kernels.cuda.device import start_of
 from hps_numba.kernels.cuda.layout import (
     COUNTER_BYTES,
     FIRSTS,
@@ -48,7 +48,7 @@ def scatter_kernel(rows: RowLayout) -> KernelSpec:
 
     def scatter(work, n_table, offsets, values, first, n_rows, out):
         lane = u32(cuda.laneid)
-        start, _ = segment(offsets, u64(n_table), u64(0))
+        start = start_of(offsets, u64(n_table))
         results = load_const_u64(work + u64(RESULTS))
         results += u64(n_table) * u64(COUNTER_BYTES)
         n_missing = u64(load_u32(results + u64(N_MISSING)))

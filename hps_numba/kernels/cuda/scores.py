@@ -16,8 +16,8 @@ from numba import cuda
 from hps_numba.kernels.cuda.layout import CLOCK, SCORES, TICK_SHIFT, WAYS, Policy
 from hps_numba.kernels.cuda.ptx import (
     load_const_u64,
-    load_near_u64,
     load_u8,
+    load_u64,
     shuffle_u32,
     store_u8,
 )
@@ -40,14 +40,14 @@ def step_of(table, n_keys):
 @cuda.jit(device=True, forceinline=True)
 def tick_after(table, step):
     """Return the tick, modulo 256, of a table's clock after another ``step``."""
-    clock = load_near_u64(table + u64(CLOCK)) + step
+    clock = load_u64(table + u64(CLOCK)) + step
     return u32((clock >> load_const_u64(table + u64(TICK_SHIFT))) & u64(0xFF))
 
 
 @cuda.jit(device=True, forceinline=True)
 def chance(table, score, count):
     """Return true once in 2 ** (count >> 3) uses, by the way's place and the clock."""
-    mixed = (score ^ load_near_u64(table + u64(CLOCK))) * u64(0x9E3779B97F4A7C15)
+    mixed = (score ^ load_u64(table + u64(CLOCK))) * u64(0x9E3779B97F4A7C15)
     odds = u32(u32(u32(1) << u32(count >> u32(LFU_STEPS_SHIFT))) - u32(1))
     return (u32(mixed >> u64(32)) & odds) == u32(0)
 

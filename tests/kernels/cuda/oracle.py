@@ -298,7 +298,7 @@ class OracleCache:
         ]
 
     def query(self, n_table: int, keys: Sequence[int], *, touch: bool = True) -> Looked:
-        """Look keys up; hits count as uses, and the clock moves on."""
+        """Look keys up; with ``touch`` hits count as uses, and the clock moves on."""
         table = self.tables[n_table]
         places = [table.find(key) for key in keys]
         missing: dict[int, None] = {}
@@ -313,10 +313,11 @@ class OracleCache:
             packed.append(table.sets[place[0]].rows[place[1]])
             if touch:
                 table.touch(*place, len(keys))
-        table.clock += table.step(len(keys))
-        n_missing = places.count(None)
-        table.totals["hits"] += len(keys) - n_missing
-        table.totals["misses"] += n_missing
+        if touch:
+            n_missing = places.count(None)
+            table.clock += table.step(len(keys))
+            table.totals["hits"] += len(keys) - n_missing
+            table.totals["misses"] += n_missing
         rows = _unpacked(packed, self.rows)
         return Looked(places, rows, list(missing), len(touched), touched)
 

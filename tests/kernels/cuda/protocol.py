@@ -28,7 +28,7 @@ ROW_LOAD = r"ld\.relaxed\.gpu\.global\.L1::no_allocate"
 LOCK = r"atom\.acquire\.gpu\.global\.cas\.b32"
 UNLOCK = r"st\.release\.gpu\.global\.u32"
 STORE = r"st\.relaxed\.gpu\.global"
-FIRST_LOOK = r"ld\.acquire\.gpu\.global\.(b128 all|u32 %\w+), \[(%\w+)\]"
+FIRST_LOOK = r"ld\.acquire\.gpu\.global\.(v4\.u32 \{[^}]*\}|u32 %\w+), \[(%\w+)\]"
 
 _LABEL = re.compile(r"^(\$\w+):")
 _BRANCH = re.compile(r"^(@!?%\w+\s+)?bra(?:\.uni)?\s+(\$\w+);")

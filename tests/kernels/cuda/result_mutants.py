@@ -221,8 +221,8 @@ _MISSES = (
     Mutant(
         "the last block is taken for the one before",
         "misses",
-        "if u32(ticket + u32(1)) == u32(cuda.gridDim.x):",
-        "if u32(ticket + u32(1)) >= u32(cuda.gridDim.x - 1):",
+        "ticket = add_u32(counters + u64(TABLE_TICKET), u32(1))",
+        "ticket = u32(add_u32(counters + u64(TABLE_TICKET), u32(1)) + u32(1))",
         "operations",
     ),
     Mutant(

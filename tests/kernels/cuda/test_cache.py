@@ -11,6 +11,7 @@ import pytest
 from hps_numba.kernels.cuda.cache import Cache
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.layout import (
+    WAYS,
     CacheLayout,
     Policy,
     RowLayout,
@@ -57,10 +58,10 @@ def test_all_that_is_launched_can_be_compiled_ahead(out: str, policy: Policy) ->
     cache.query(Batch(10, KEYS), OUT, WORK, touch=False)
     cache.scatter(Batch(10, KEYS), 0, VALUES, first=0, n_rows=1, out=OUT, work=WORK)
     cache.insert(0, 10, **rows)
-    cache.update(0, 10, **rows)
-    cache.evict(0, 10, keys=KEYS, epoch=1)
-    cache.hold(0, 10, keys=KEYS)
-    cache.clear(0, epoch=1)
+    cache.update(0, 10, **rows, outcomes=OUT)
+    cache.evict(0, 10, keys=KEYS, epoch=1, outcomes=OUT)
+    cache.hold(0, 10, keys=KEYS, outcomes=OUT)
+    cache.clear(0, epoch=1, busy=OUT)
     cache.dump(0, 0, 10, keys=KEYS, counts=OUT)
     if out == "float32":
         batch, bags = Batch(3, KEYS), Bags(VALUES, 10)
@@ -95,8 +96,8 @@ def test_an_empty_query_is_launched_and_reports() -> None:
 def test_writes_of_nothing_launch_nothing() -> None:
     cache, recorder = cache_of(RowLayout(16))
     cache.insert(0, 0, keys=0, values=0, epoch=0)
-    cache.update(0, 0, keys=0, values=0, epoch=0)
-    cache.evict(0, 0, keys=0, epoch=0)
+    cache.update(0, 0, keys=0, values=0, epoch=0, outcomes=0)
+    cache.evict(0, 0, keys=0, epoch=0, outcomes=0)
     batch = Batch(10, KEYS)
     cache.scatter(batch, 0, VALUES, first=0, n_rows=0, out=OUT, work=WORK)
     assert [grid[0] * grid[1] for _, grid, _ in recorder.launches] == [0, 0, 0, 0]
@@ -113,20 +114,43 @@ def test_more_keys_than_the_workspace_holds_are_refused() -> None:
 
 def test_more_tables_than_there_are_are_refused() -> None:
     cache, recorder = cache_of(RowLayout(16), n_tables=1)
-    with pytest.raises(ValueError, match="2 tables exceed"):
+    with pytest.raises(ValueError, match="2 tables from table 0 on exceed"):
         cache.query(Batch(10, KEYS, VALUES, 2, 5), OUT, WORK)
     for table in (-1, 1):
         with pytest.raises(ValueError, match=f"table {table} is none"):
             cache.insert(table, 1, keys=KEYS, values=VALUES, epoch=0)
         with pytest.raises(ValueError, match=f"table {table} is none"):
-            cache.update(table, 1, keys=KEYS, values=VALUES, epoch=0)
+            cache.update(table, 1, keys=KEYS, values=VALUES, epoch=0, outcomes=OUT)
         with pytest.raises(ValueError, match=f"table {table} is none"):
-            cache.hold(table, 1, keys=KEYS)
+            cache.hold(table, 1, keys=KEYS, outcomes=OUT)
         with pytest.raises(ValueError, match=f"table {table} is none"):
-            cache.clear(table, epoch=0)
+            cache.clear(table, epoch=0, busy=OUT)
         with pytest.raises(ValueError, match=f"table {table} is none"):
             cache.dump(table, 0, 1, keys=KEYS, counts=OUT)
     assert recorder.launches == []
+
+
+def test_rows_that_are_not_aligned_are_refused() -> None:
+    cache, recorder = cache_of(RowLayout(16))
+    with pytest.raises(ValueError, match="values=0x2004 are not aligned to 16 bytes"):
+        cache.insert(0, 1, keys=KEYS, values=VALUES + 4, epoch=0)
+    with pytest.raises(ValueError, match="values=0x2008 are not aligned to 16 bytes"):
+        cache.update(0, 1, keys=KEYS, values=VALUES + 8, epoch=0, outcomes=OUT)
+    batch = Batch(10, KEYS)
+    with pytest.raises(ValueError, match="values=0x2004 are not aligned to 16 bytes"):
+        cache.scatter(batch, 0, VALUES + 4, first=0, n_rows=1, out=OUT, work=WORK)
+    with pytest.raises(ValueError, match="table 1 is none of the query's 1"):
+        cache.scatter(batch, 1, VALUES, first=0, n_rows=1, out=OUT, work=WORK)
+    assert recorder.launches == []
+
+
+def test_a_launch_has_one_table_at_least_and_no_more_than_a_grid() -> None:
+    for n_tables in (0, 65536):
+        with pytest.raises(ValueError, match=f"n_tables={n_tables}"):
+            Batch(1, KEYS, VALUES, n_tables)
+    cache, _ = cache_of(RowLayout(16))
+    with pytest.raises(ValueError, match="2 tables from table 1 on exceed"):
+        cache.query(Batch(10, KEYS, VALUES, 2, 5, first_table=1), OUT, WORK)
 
 
 def test_a_table_without_doorkeeper_admits_nobody_on_probation() -> None:
@@ -160,3 +184,39 @@ def test_rows_are_pooled_as_float32_only() -> None:
     cache, _ = cache_of(RowLayout(16, "float16", "float16"))
     with pytest.raises(ValueError, match="pooled rows are float32, not float16"):
         cache.pooled_query(Batch(1, KEYS), Bags(VALUES, 10), OUT, WORK)
+
+
+def test_blocks_that_a_launch_lacks_look_for_nothing() -> None:
+    cache = CpuCache(RowLayout(4), [TableLayout(n_sets=8)])
+    cache.insert(np.arange(100), np.ones((100, 4), np.float32))
+    keys, address = cache.put(np.arange(1000))
+    work, block = cache.workspace(1000)
+    out = cache.memory.array((1000, 4), np.float32, fill=7)
+    batch = Batch(1000, address, n_longest=200)
+    cache.cache.query(batch, cache.memory.address(out), work)
+    results = block[work.layout.results :][:16].view(np.uint32).tolist()
+    assert results == [156, 156, 100, 0]  # of 256 keys: two blocks of 128
+    assert (out[256:] == 7).all()
+    assert keys.size == 1000
+
+
+def test_one_table_is_asked_alone() -> None:
+    cache = CpuCache(RowLayout(4), [TableLayout(n_sets=8)] * 3)
+    n = 8 * WAYS
+    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
+    cache.insert(np.arange(10), rows, table=1)
+    keys, counts = cache.dump(table=1)
+    # The counts of a dump are the offsets of a query of its keys.
+    work, block = cache.workspace(n)
+    out = cache.memory.array((n, 4), np.float32)
+    batch = Batch(
+        n,
+        cache.memory.address(keys),
+        cache.memory.address(counts),
+        first_table=1,
+    )
+    cache.cache.query(batch, cache.memory.address(out), work, touch=False)
+    results = block[work.layout.results :][:16].view(np.uint32).tolist()
+    assert results == [0, 0, 10, 0]
+    assert (out[:10] == rows[keys[:10]]).all()
+    assert [cache.total("hits", table) for table in range(3)] == [0, 0, 0]

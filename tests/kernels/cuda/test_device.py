@@ -145,21 +145,27 @@ def test_the_lanes_below_are_those_before_a_lane() -> None:
 
 def segment_kernel(offsets, out):
     i = u64(cuda.grid(1))
-    start, end = segment(offsets, i, u64(1000))
-    store_u64(out + i * u64(32), start)
-    store_u64(out + i * u64(32) + u64(8), end)
+    start, end = segment(offsets, i, u64(1 << 40))
+    store_u64(out + i * u64(48), start)
+    store_u64(out + i * u64(48) + u64(8), end)
     start, end = segment(u64(0), i, u32(1000))
-    store_u64(out + i * u64(32) + u64(16), start)
-    store_u64(out + i * u64(32) + u64(24), end)
+    store_u64(out + i * u64(48) + u64(16), start)
+    store_u64(out + i * u64(48) + u64(24), end)
+    start, end = segment(offsets, i, u64(1 << 39))
+    store_u64(out + i * u64(48) + u64(32), start)
+    store_u64(out + i * u64(48) + u64(40), end)
 
 
 def test_a_segment_is_what_the_offsets_say_or_all() -> None:
     offsets = np.sort(np.random.default_rng(5).integers(0, 2**40, 33, np.uint64))
-    out = np.full((32, 4), 0xEE, np.uint64)
+    out = np.full((32, 6), 0xEE, np.uint64)
     got = run_threads(segment_kernel, 32, offsets, out=out)
     np.testing.assert_array_equal(got[:, 0], offsets[:-1])
     np.testing.assert_array_equal(got[:, 1], offsets[1:])
-    assert got[:, 2:].tolist() == [[0, 1000]] * 32
+    assert got[:, 2:4].tolist() == [[0, 1000]] * 32
+    # Offsets that promise more than there is give no more.
+    np.testing.assert_array_equal(got[:, 4], np.minimum(offsets[:-1], 1 << 39))
+    np.testing.assert_array_equal(got[:, 5], np.minimum(offsets[1:], 1 << 39))
 
 
 def reserve_kernel(masks, out):

@@ -77,9 +77,9 @@ def test_held_keys_stay_where_they_are() -> None:
 
 def test_nobody_need_ask_for_outcomes() -> None:
     cpu = _filled().cpu
-    cpu.cache.evict(0, 2, keys=cpu.put(np.array([4, 5]))[1], epoch=1)
-    cpu.cache.hold(0, 1, keys=cpu.put(np.array([6]))[1])
-    cpu.cache.clear(0, epoch=0)
+    cpu.cache.evict(0, 2, keys=cpu.put(np.array([4, 5]))[1], epoch=1, outcomes=0)
+    cpu.cache.hold(0, 1, keys=cpu.put(np.array([6]))[1], outcomes=0)
+    cpu.cache.clear(0, epoch=0, busy=0)
     assert cpu.total("size") == 0
 
 

@@ -93,9 +93,8 @@ def test_nobody_need_ask_for_outcomes() -> None:
     cache = _filled()
     values = rows_for(cache, 2, seed=1)
     cpu = cache.cpu
-    cpu.cache.update(
-        0, 2, keys=cpu.put(np.array([4, 5]))[1], values=cpu.put(values)[1], epoch=1
-    )
+    keys, rows = cpu.put(np.array([4, 5]))[1], cpu.put(values)[1]
+    cpu.cache.update(0, 2, keys=keys, values=rows, epoch=1, outcomes=0)
     assert cpu.contents()[4] == values[0].tobytes()
     assert 5 not in cpu.contents()
 

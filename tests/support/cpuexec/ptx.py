@@ -15,11 +15,6 @@ from tests.support.cpuexec.intrinsics import DYNAMIC_SHARED_BYTES, LANES_BELOW
 _WIDTH = r"(?:v(?P<n>[24])\.)?(?P<kind>[usbf])(?P<bits>8|16|32|64)"
 _LOAD = re.compile(rf"ld\.(?P<how>[\w.:]+?)\.{_WIDTH} (?P<to>\S+), \[\$(?P<at>\d+)\];")
 _STORE = re.compile(rf"st\.(?P<how>[\w.:]+?)\.{_WIDTH} \[\$0\], (?P<of>.+);")
-_LOAD_128 = re.compile(
-    r"\{ ?\.reg \.b128 (\w+); \.reg \.b64 (\w+), (\w+); "
-    r"ld\.(?P<how>[\w.:]+?)\.b128 \1, \[\$4\]; mov\.b128 \{\2, \3\}, \1; "
-    r"mov\.b64 \{\$0,\$1\}, \2; mov\.b64 \{\$2,\$3\}, \3; ?\}"
-)
 _ATOMIC = re.compile(
     r"atom\.(?P<how>relaxed|acquire|release|acq_rel)\.(?:gpu|cta|sys)\.global\."
     r"(?P<op>add|max|min|and|or|xor|exch)\.(?P<kind>[usb])(?P<bits>32|64) "
@@ -128,8 +123,9 @@ def _load(call: _Call) -> list[str]:
         raise NotImplementedError(f"operands have no CPU model: {call.found[0]!r}")
     order = call.order("acquire")
     if n > 1:
-        _refuse_order(call, order)
-        return _load_vector(call, n, bits)
+        lines = _load_vector(call, n, bits)
+        # Loads of this machine are acquire; the fence keeps LLVM from moving others up.
+        return [*lines[:2], *["fence acquire"] * (order == "acquire"), *lines[2:]]
     access = f"load atomic volatile i{bits}, i{bits}* %p {order}, align {bits // 8}"
     lines = [_pointer(call, 0, f"i{bits}"), f"%v = {access}"]
     return lines + _widened(call, bits, call.found["kind"])
@@ -150,13 +146,6 @@ def _load_vector(call: _Call, n: int, bits: int) -> list[str]:
         lines.append(f"%s{i} = insertvalue {call.result} {before}, {value}, {i}")
         before = f"%s{i}"
     return [*lines, f"ret {call.result} {before}"]
-
-
-def _load_128(call: _Call) -> list[str]:
-    call.order("acquire")
-    # Loads of this machine are acquire; the fence keeps LLVM from moving others up.
-    lines = _load_vector(call, 4, 32)
-    return [*lines[:2], "fence acquire", *lines[2:]]
 
 
 def _store(call: _Call) -> list[str]:
@@ -247,7 +236,6 @@ def _reciprocal(call: _Call) -> list[str]:
 _MODELS: dict[re.Pattern[str], Callable[[_Call], list[str]]] = {
     _LOAD: _load,
     _STORE: _store,
-    _LOAD_128: _load_128,
     _ATOMIC: _atomic,
     _SWAP: _swap,
     _SHUFFLE: _shuffle,
