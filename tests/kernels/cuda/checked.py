@@ -210,18 +210,19 @@ class CheckedCache:
         fill: bool = False,
         count_unique: bool = False,
         touch: bool = True,
+        first_table: int = 0,
         **options: Any,
     ) -> tuple[Answer, list[Looked]]:
         """Look up one array of keys a table, from the first table on."""
         given = parts[0] if len(parts) == 1 else parts
-        answer = self.cpu.query(
-            given, fill=fill, count_unique=count_unique, touch=touch, **options
-        )
+        options |= {"fill": fill, "count_unique": count_unique, "touch": touch}
+        answer = self.cpu.query(given, first_table=first_table, **options)
         self.count("query", sum(map(len, parts)))
         found, changed = [], {}
         for i, keys in enumerate(parts):
-            scores = self.scores(i)
-            looked = self.oracle.query(i, keys.tolist(), touch=touch)
+            table = first_table + i
+            scores = self.scores(table)
+            looked = self.oracle.query(table, keys.tolist(), touch=touch)
             found.append(looked)
             start = answer.starts[i]
             out = answer.out[start : start + len(keys)]
@@ -233,8 +234,8 @@ class CheckedCache:
             results += [len(keys) - n_missing, n_unique_hits]
             assert answer.results(i) == results
             if touch:
-                self.adopt_counts(i, looked, scores)
-            changed[i] = {n_set for n_set, _ in looked.touched}
+                self.adopt_counts(table, looked, scores)
+            changed[table] = {n_set for n_set, _ in looked.touched}
         self.check(changed)
         return answer, found
 

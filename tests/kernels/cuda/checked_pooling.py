@@ -42,6 +42,7 @@ def pooled_query(
     weights: Array | None = None,
     mean: bool = False,
     fill: bool = False,
+    first_table: int = 0,
     **options: Any,
 ) -> PooledRun:
     """Pool the bags of each table, from the first one on, and compare.
@@ -60,6 +61,7 @@ def pooled_query(
         mean=mean,
         tables=tables,
         fill=fill,
+        first_table=first_table,
         **options,
     )
     cache.count("pooled query", len(keys))
@@ -67,17 +69,18 @@ def pooled_query(
     run = PooledRun(parts, split, mean, answer, [])
     changed = {}
     for i, part in enumerate(parts):
-        before = cache.scores(i)
+        table = first_table + i
+        before = cache.scores(table)
         found = cache.oracle.pooled_query(
-            i, part, weights=run.weights_of(i), mean=mean, fill=fill
+            table, part, weights=run.weights_of(i), mean=mean, fill=fill
         )
         run.found.append(found)
         check_sums(answer[0].out[run.bags(i)], found)
         n_keys, n_hits = len(found.looked.places), sum(found.looked.touched.values())
         results = [n_keys - n_hits, len(found.looked.unique_missing), n_hits]
         assert answer[0].results(i) == [*results, len(found.missed)]
-        cache.adopt_counts(i, found.looked, before)
-        changed[i] = {n_set for n_set, _ in found.looked.touched}
+        cache.adopt_counts(table, found.looked, before)
+        changed[table] = {n_set for n_set, _ in found.looked.touched}
     cache.check(changed)
     check_pooled_misses(answer[0], keys, run.found)
     return run

@@ -253,6 +253,7 @@ class CpuCache:
         *,
         work: tuple[Workspace, Array] | None = None,
         out: Array | None = None,
+        first_table: int = 0,
         **options: Any,
     ) -> Answer:
         """Look keys up: one table's, or a sequence with one array a table."""
@@ -267,7 +268,8 @@ class CpuCache:
             keep.append(held)
         workspace, block = work or self.workspace(n, len(parts))
         out = self._output(n, self.out) if out is None else out
-        batch = Batch(n, address, offsets, len(parts), max(lengths))
+        longest = max(lengths)
+        batch = Batch(n, address, offsets, len(parts), longest, first_table)
         self.cache.query(batch, self.memory.address(out), workspace, **options)
         return Answer(out[:n], workspace, block, starts, keep, flat)
 
@@ -410,6 +412,7 @@ class CpuCache:
         tables: Sequence[int] | None = None,
         work: tuple[Workspace, Array] | None = None,
         out: Array | None = None,
+        first_table: int = 0,
         **options: Any,
     ) -> tuple[Answer, Batch, Bags]:
         """Pool bags; ``tables`` are offsets of bags where there are several tables."""
@@ -429,7 +432,7 @@ class CpuCache:
         longest = int(np.diff(bag_starts).max())
         workspace, block = work or self.workspace(len(keys), n_tables)
         out = self._output(n_bags, np.float32) if out is None else out
-        batch = Batch(n_bags, address, offsets, n_tables, longest)
+        batch = Batch(n_bags, address, offsets, n_tables, longest, first_table)
         bags = Bags(begins_address, len(keys), weight_address, mean)
         self.cache.pooled_query(
             batch, bags, self.memory.address(out), workspace, **options

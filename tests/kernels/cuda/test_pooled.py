@@ -225,6 +225,29 @@ def test_tables_of_a_launch_keep_to_themselves() -> None:
             pooled_scatter(cache, run, table, rows_for(cache, 400, seed=table))
 
 
+def test_a_launch_may_begin_at_any_table() -> None:
+    cache = _filled(n_tables=3)
+    rng = np.random.default_rng(7)
+    for first, n in [(2, 1), (1, 2)]:
+        parts = [_bags(rng) for _ in range(n)]
+        run = pooled_query(cache, *parts, first_table=first)
+        for i in range(n):
+            pooled_scatter(cache, run, i, rows_for(cache, 400, seed=i))
+
+
+def test_bags_end_where_the_keys_of_the_launch_do() -> None:
+    cache = _filled()
+    keys = np.arange(0, 400, 2)
+    contents = cache.cpu.contents()
+    rows = np.array([np.frombuffer(contents[key], np.float32) for key in keys.tolist()])
+    begins = np.array([0, 150, 100, 190, 10**6, 2**64 - 1], np.uint64)
+    answer, _, _ = cache.cpu.pooled_query(keys, begins)
+    spans = [(0, 150), (150, 150), (100, 190), (190, 200), (200, 200)]
+    for out, (begin, stop) in zip(answer.out, spans, strict=True):
+        wanted = rows[begin:stop].astype(np.float64).sum(0)
+        assert np.abs(out - wanted).max() < 1e-4
+
+
 @pytest.mark.parametrize("offset", [4, 8, 16])
 def test_an_output_may_begin_at_any_float32(offset: int) -> None:
     cache = _filled()

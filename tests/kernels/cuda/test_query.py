@@ -13,8 +13,10 @@ from hps_numba.kernels.cuda.layout import (
     TableLayout,
     WorkLayout,
 )
+from hps_numba.kernels.cuda.operands import Batch
 from tests.kernels.cuda.checked import CheckedCache
 from tests.kernels.cuda.comparisons import CANARY
+from tests.kernels.cuda.harness import Answer
 from tests.kernels.cuda.hashes import claim_of
 from tests.kernels.cuda.oracle import Array, handed_out
 from tests.kernels.cuda.sequences import (
@@ -195,6 +197,50 @@ def test_tables_of_a_launch_keep_to_themselves() -> None:
             answer, found = cache.query(*parts, work=work, count_unique=True)
             for i in range(3):
                 cache.scatter(answer, found, i, rows_for(cache, 50, seed=i))
+
+
+def test_a_launch_may_begin_at_any_table() -> None:
+    cache = CheckedCache(RowLayout(4), [SMALL] * 4, Policy.LFU)
+    for i in range(4):
+        fill(cache, np.arange(i, 80, 2), rows_for(cache, 40 - i // 2, seed=i), table=i)
+    keys = np.arange(90)
+    for first, n in [(1, 1), (3, 1), (1, 2), (2, 2)]:
+        answer, found = cache.query(*[keys] * n, first_table=first)
+        for i in range(n):
+            cache.scatter(answer, found, i, rows_for(cache, 60, seed=i))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "n_longest", "n_looked"),
+    [
+        ([0, 10**6], 300, 300),
+        ([0, 2**64 - 1], 300, 300),
+        ([400, 500], 300, 0),
+        ([290, 300], 300, 10),
+        ([200, 100], 300, 0),
+        ([0, 300], 100, 128),
+        ([10, 300], 1, 128),
+        ([0, 0], 300, 0),
+    ],
+)
+def test_a_launch_keeps_to_its_bounds_whatever_the_offsets_say(
+    offsets: list[int], n_longest: int, n_looked: int
+) -> None:
+    cache = _filled(RowLayout(4))
+    cpu, memory = cache.cpu, cache.memory
+    keys = cpu.put(np.arange(-50, 250))[1]
+    parts = cpu.put(np.array(offsets, np.uint64))[1]
+    out = memory.array((300, 4), np.float32)
+    work = cpu.workspace(300)
+    batch = Batch(300, keys, parts, n_longest=n_longest)
+    for _ in range(2):
+        cpu.cache.query(batch, memory.address(out), work[0], fill=True)
+        answer = Answer(out, *work, offsets)
+        n_missing, _, n_hits, _ = answer.results()
+        assert n_missing + n_hits == n_looked
+        written = (out.view(np.uint32) != 0).any(1)
+        assert written.sum() == n_looked
+        out[...] = 0
 
 
 def test_an_empty_query_reports_and_moves_nothing_on() -> None:
