@@ -38,7 +38,7 @@ def readers_beside_writers() -> None:
 
 
 def readers_beside_updates() -> None:
-    _in_all(10, update_race)
+    _in_all(40, update_race)
 
 
 def backfills() -> None:

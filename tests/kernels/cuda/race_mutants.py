@@ -87,7 +87,7 @@ _LOCKS = [
         "insert",
         "seq = u32(seq + u32(2))",
         "seq = u32(seq + u32(0))",
-        "readers_beside_writers",
+        "operations",
     ),
     Mutant(
         "an eviction restores its set's number",

@@ -228,7 +228,7 @@ _MISSES = (
     Mutant(
         "counters are not begun anew",
         "misses",
-        "    store_u64(counters, u64(0))\n",
+        "            store_u64(counters, u64(0))\n",
         "",
         "operations",
     ),
