@@ -1,8 +1,8 @@
 """What the kernels' tests on the CPU amount to: rates, races and planted bugs.
 
 ``python -m tests.kernels.cuda.figures`` runs a fixed workload and prints a JSON line
-for each figure, all of them counted; ``--json PATH`` writes the lines as well.
-``--part`` chooses ``rates``, ``races`` or ``bugs``.
+for each figure, ``what`` and its ``value``, all of them counted; ``--json PATH`` writes
+the lines as well. ``--part`` chooses ``rates``, ``races`` or ``bugs``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -69,6 +70,11 @@ RACES: dict[str, Callable[..., Any]] = {
 }
 
 
+def figure(what: str, value: int, **details: Any) -> Line:
+    """Return one figure, and what it is made of."""
+    return {"what": what, "value": value, **details}
+
+
 def rates() -> Iterator[Line]:
     """Yield how fast each kernel runs on the CPU, each launch beside the oracle."""
     for rows, policy in ROWS:
@@ -76,39 +82,37 @@ def rates() -> Iterator[Line]:
         cache = CheckedCache(rows, TABLES, policy, max_steps=MAX_STEPS)
         RandomOperations(cache, 1).run(N_KEYS)
         for (kernel, _), (n_keys, elapsed_s) in sorted(FIGURES.items()):
-            yield {
-                "figure": "rate",
-                "kernel": kernel,
-                "rows": rows.name,
-                "policy": policy.value,
-                "keys": int(n_keys),
-                "elapsed_s": round(elapsed_s, 4),
-                "keys_per_s": round(n_keys / elapsed_s),
-            }
+            yield figure(
+                f"keys/s of {kernel}, {rows.stored} to {rows.out}, dim {rows.dim}",
+                round(n_keys / elapsed_s),
+                keys=int(n_keys),
+                elapsed_s=round(elapsed_s, 4),
+            )
 
 
 def races() -> Iterator[Line]:
     """Yield how many races there were, how many were lost, and what readers saw."""
     for memory, schedules in MEMORIES.items():
+        n_races, lost = Counter[str](), Counter[str]()
+        reads: dict[str, Reads] = {name: Reads() for name in RACES}
         for name, race in RACES.items():
-            reads, n_races, errors = Reads(), 0, []
-            line: Line = {"figure": "race", "memory": memory, "race": name}
             for seed in range(N_SEEDS):
                 for schedule in schedules:
-                    n_races += 1
+                    n_races[name] += 1
                     try:
                         found = race(seed, **schedule)
-                    except AssertionError as error:
-                        errors.append(str(error))
+                    except AssertionError:
+                        lost[name] += 1
                         continue
                     if isinstance(found, Reads):
-                        reads += found
-            line |= {"races": n_races, "lost": len(errors), "errors": errors[:3]}
-            if reads.n_hits:
-                line |= {"reads_hit": reads.n_hits, "reads_missed": reads.n_misses}
-            if race is update_race:  # whose keys are there all the time
-                line["reads_handed_on"] = reads.n_misses
-            yield line
+                        reads[name] += found
+        hits = {name: one.n_hits for name, one in reads.items() if one.n_hits}
+        # Of keys that are there all the time.
+        handed_on = sum(reads[name].n_misses for name in RACES if "updates" in name)
+        yield figure(f"races, {memory}", n_races.total(), of=dict(n_races))
+        yield figure(f"races lost, {memory}", lost.total(), of=dict(lost), bad=True)
+        yield figure(f"racing reads, {memory}", sum(hits.values()), of=hits)
+        yield figure(f"racing reads handed on as misses, {memory}", handed_on)
 
 
 def bugs() -> Iterator[Line]:
@@ -118,14 +122,13 @@ def bugs() -> Iterator[Line]:
     with ProcessPoolExecutor(N_PROCESSES, mp_context=context) as pool:
         weak = list(pool.map(verdict_of, WEAK_MUTANTS))
     orderings = [(m.name, error) for m, error in zip(WEAK_MUTANTS, weak, strict=True)]
-    for kind, found in (("logic", verdicts), ("memory order", orderings)):
-        yield {
-            "figure": "planted bugs",
-            "kind": kind,
-            "planted": len(found),
-            "caught": sum(bool(error) for _, error in found),
-            "survivors": [name for name, error in found if not error],
-        }
+    for kind, found in (
+        ("planted bugs", verdicts),
+        ("orderings left out", orderings),
+    ):
+        survivors = [name for name, error in found if not error]
+        yield figure(kind, len(found))
+        yield figure(f"{kind}, not caught", len(survivors), of=survivors, bad=True)
 
 
 PARTS: dict[str, Callable[[], Iterator[Line]]] = {
@@ -145,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, n_bad = [], 0
     for part in options.part or PARTS:
         for line in PARTS[part]():
-            n_bad += line.get("lost", 0) + len(line.get("survivors", ()))
+            n_bad += line["value"] if line.pop("bad", False) else 0
             lines.append(json.dumps({**line, **machine}))
             print(lines[-1], flush=True)  # noqa: T201 (a command)
     if options.json:

@@ -41,6 +41,14 @@ def readers_beside_updates() -> None:
     _in_all(40, update_race)
 
 
+def readers_beside_updates_that_are_held_up() -> None:
+    """What takes a warp that stands still at one of a few places."""
+    for seed in range(150):
+        for schedule in SCHEDULES:
+            if schedule["schedule"] == "priority":
+                update_race(seed, **schedule)
+
+
 def backfills() -> None:
     for writer in ("update", "held update", "evict", "clear"):
         _in_all(20, backfill_race, writer=writer)

@@ -103,6 +103,8 @@ def mutated(mutant: Mutant) -> str:
     ------
     ValueError
         If the old text is not there once.
+    SyntaxError
+        If the new text does not fit.
     """
     text = _path_of(mutant.full_module).read_text()
     if text.count(mutant.old) != 1:
@@ -110,7 +112,9 @@ def mutated(mutant: Mutant) -> str:
             f"{mutant.name}: text found {text.count(mutant.old)} times in "
             f"{mutant.full_module}"
         )
-    return text.replace(mutant.old, mutant.new)
+    text = text.replace(mutant.old, mutant.new)
+    compile(text, mutant.name, "exec")
+    return text
 
 
 def _path_of(module: str) -> Path:

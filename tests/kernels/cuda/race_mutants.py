@@ -56,7 +56,7 @@ _LOCKS = [
         "                write(values + i * u64(row_bytes), target, lane)\n",
         "                unlock_set(meta, u32(seq + u32(2)))\n"
         "                write(values + i * u64(row_bytes), target, lane)\n",
-        "readers_beside_updates",
+        "readers_beside_updates_that_are_held_up",
     ),
     Mutant(
         "the lanes of a writer are not waited for",
@@ -66,7 +66,7 @@ _LOCKS = [
         store_release_u32(meta, seq)""",
         """    if cuda.laneid == 0:
         store_release_u32(meta, seq)""",
-        "readers_beside_updates",
+        "readers_beside_updates_that_are_held_up",
     ),
     Mutant(
         "a set's number goes up by one",
@@ -126,21 +126,21 @@ _READERS = [
         "    fence()\n    cuda.syncwarp(FULL_WARP)\n\n\n@cuda.jit(device=True, "
         "forceinline=True)\ndef unchanged",
         "    fence()\n\n\n@cuda.jit(device=True, forceinline=True)\ndef unchanged",
-        "readers_beside_updates",
+        "readers_beside_updates_that_are_held_up",
     ),
     Mutant(
         "a query reads sets that are held",
         "device",
         "    if (seq & u32(1)) == u32(0):\n        ways = matching",
         "    if seq != u32(0xFFFFFFFF):\n        ways = matching",
-        "readers_beside_updates",
+        "readers_beside_updates_that_are_held_up",
     ),
     Mutant(
         "a query takes a miss in a held set for final, and fills a torn row",
         "query",
         "fill = (flags & u32(FILL)) != u32(0)\n        live",
         "fill = False\n        live",
-        "readers_beside_writers",
+        "operations",
     ),
     Mutant(
         "a pooled query does not look at the number again",

@@ -91,7 +91,7 @@ def mixed_races(seed: int, turns: int, **schedule: Any) -> Reads:
 def update_race(seed: int, **schedule: Any) -> Reads:
     """Race updates with readers of keys that never leave: a miss is handed on."""
     n_keys = 14 + 10 * (seed % 3)
-    arena = Arena(seed, n_sets=1 + seed % 3, n_keys=n_keys)
+    arena = Arena(seed, n_sets=1 + seed % 3, n_keys=n_keys, dim=(12, 40)[seed % 2])
     arena.insert(np.arange(n_keys), epoch=0)
     with arena.cache.launcher.together(seed, **schedule):
         before = arena.versions.copy()
