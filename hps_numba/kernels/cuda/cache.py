@@ -18,11 +18,17 @@ from hps_numba.kernels.cuda.layout import (
     widest,
 )
 from hps_numba.kernels.cuda.misses import UNCOUNTED
-from hps_numba.kernels.cuda.operands import Bags, Batch, Launcher, Workspace
+from hps_numba.kernels.cuda.operands import (
+    WARP,
+    Bags,
+    Batch,
+    Launcher,
+    Workspace,
+    check_aligned,
+    warps,
+)
 from hps_numba.kernels.cuda.pooled import MEAN
 from hps_numba.kernels.cuda.query import COUNT_UNIQUE, FILL
-
-_WARP = 32
 
 
 class Cache:
@@ -110,7 +116,7 @@ class Cache:
         ValueError
             If there are more keys or tables than the workspace or the cache has.
         """
-        self._check(batch.n, batch, work)
+        batch.check(batch.n, work, len(self.layout.tables))
         policy = self.policy if touch else Policy.STATIC
         spec = query.query_kernel(self._rows_for(out), policy)
         flags = FILL * fill | COUNT_UNIQUE * count_unique | UNCOUNTED * (not touch)
@@ -146,7 +152,8 @@ class Cache:
             Those of the query.
         """
         rows = self._rows_for(out)
-        _check_scattered(batch, table, values, rows)
+        batch.check_table(table)
+        check_aligned(values, rows.load_bytes)
         spec = scatter.scatter_kernel(rows)
         grid = batch.grid(spec.block)[0], 1
         args = (work.base, table, batch.offsets, values, first, n_rows, out)
@@ -194,7 +201,7 @@ class Cache:
             ``values`` are less aligned than the widest access that divides a row.
         """
         self._check_table(table)
-        _check_aligned(values, widest(self.layout.rows.row_bytes))
+        check_aligned(values, widest(self.layout.rows.row_bytes))
         if admit and not self.layout.tables[table].n_door:
             raise ValueError(f"table {table} has no doorkeeper to admit keys")
         spec = insert.insert_kernel(self.layout.rows, self.policy)
@@ -202,7 +209,7 @@ class Cache:
             *(self.base, table, keys, values, n, epoch),
             *(selected, outcomes, evicted, ADMIT * admit),
         )
-        self._launcher.launch(spec, _warps(spec, n), args, stream)
+        self._launcher.launch(spec, warps(spec, n), args, stream)
 
     def update(
         self,
@@ -222,10 +229,10 @@ class Cache:
         updated again.
         """
         self._check_table(table)
-        _check_aligned(values, widest(self.layout.rows.row_bytes))
+        check_aligned(values, widest(self.layout.rows.row_bytes))
         spec = update.update_kernel(self.layout.rows)
         args = (self.base, table, keys, values, n, epoch, outcomes)
-        self._launcher.launch(spec, _warps(spec, n), args, stream)
+        self._launcher.launch(spec, warps(spec, n), args, stream)
 
     def evict(
         self,
@@ -268,7 +275,7 @@ class Cache:
         self._check_table(table)
         spec = evict.evict_kernel()
         args = (self.base, table, keys, n, epoch, int(remove), outcomes)
-        self._launcher.launch(spec, _warps(spec, n), args, stream)
+        self._launcher.launch(spec, warps(spec, n), args, stream)
 
     def clear(self, table: int, *, epoch: int, busy: int, stream: Any = None) -> None:
         """Remove all keys of a table; rows of before ``epoch`` are refused from now on.
@@ -278,7 +285,7 @@ class Cache:
         """
         self._check_table(table)
         spec = evict.clear_kernel()
-        grid = _warps(spec, self.layout.tables[table].n_sets)
+        grid = warps(spec, self.layout.tables[table].n_sets)
         self._launcher.launch(spec, grid, (self.base, table, epoch, busy), stream)
 
     def dump(
@@ -321,7 +328,7 @@ class Cache:
             )
         spec = dump.dump_kernel()
         args = (self.base, table, first_set, n_sets, keys, counts)
-        grid = max(1, _warps(spec, n_sets)[0]), 1
+        grid = max(1, warps(spec, n_sets)[0]), 1
         self._launcher.launch(spec, grid, args, stream)
 
     def pooled_query(
@@ -341,14 +348,14 @@ class Cache:
         ValueError
             If rows are not given out as float32, or as :meth:`query`.
         """
-        self._check(bags.n_keys, batch, work)
+        batch.check(bags.n_keys, work, len(self.layout.tables))
         spec = pooled.pooled_query_kernel(self._rows_for(out), self.policy)
         args = (
             *(self.base + TABLE_BYTES * batch.first_table, batch.offsets, batch.n),
             *(bags.begins, batch.keys, bags.n_keys, bags.weights),
             *(out, work.base, FILL * fill | MEAN * bags.mean),
         )
-        grid = batch.grid(spec.block // _WARP)
+        grid = batch.grid(spec.block // WARP)
         self._launcher.launch(spec, grid, args, stream)
 
     def pooled_scatter(
@@ -366,13 +373,14 @@ class Cache:
     ) -> None:
         """Add fetched rows to the bags that missed them; see :meth:`scatter`."""
         rows = self._rows_for(out)
-        _check_scattered(batch, table, values, rows)
+        batch.check_table(table)
+        check_aligned(values, rows.load_bytes)
         spec = pooled.pooled_scatter_kernel(rows)
         args = (
             *(work.base, table, batch.offsets, bags.begins, bags.weights),
             *(values, first, n_rows, out, MEAN * bags.mean),
         )
-        grid = batch.grid(spec.block // _WARP)[0], 1
+        grid = batch.grid(spec.block // WARP)[0], 1
         self._launcher.launch(spec, grid if n_rows else (0, 1), args, stream)
 
     def _rows_for(self, out: int) -> RowLayout:
@@ -385,37 +393,8 @@ class Cache:
             raise ValueError(f"out={out:#x} is not aligned to {rows.out} values")
         return replace(rows, alignment=alignment)
 
-    def _check(self, n_keys: int, batch: Batch, work: Workspace) -> None:
-        if n_keys > work.layout.n_keys:
-            raise ValueError(
-                f"{n_keys} keys exceed the workspace's {work.layout.n_keys}"
-            )
-        end = batch.first_table + batch.n_tables
-        if batch.n_tables > work.layout.n_tables or end > len(self.layout.tables):
-            raise ValueError(
-                f"{batch.n_tables} tables from table {batch.first_table} on exceed the "
-                f"workspace's {work.layout.n_tables} or the cache's "
-                f"{len(self.layout.tables)}"
-            )
-
     def _check_table(self, table: int) -> None:
         if not 0 <= table < len(self.layout.tables):
             raise ValueError(
                 f"table {table} is none of the cache's {len(self.layout.tables)}"
             )
-
-
-def _check_scattered(batch: Batch, table: int, values: int, rows: RowLayout) -> None:
-    if not 0 <= table < batch.n_tables:
-        raise ValueError(f"table {table} is none of the query's {batch.n_tables}")
-    _check_aligned(values, rows.load_bytes)
-
-
-def _check_aligned(values: int, n_bytes: int) -> None:
-    if values % n_bytes:
-        raise ValueError(f"values={values:#x} are not aligned to {n_bytes} bytes")
-
-
-def _warps(spec: KernelSpec, n: int) -> tuple[int, int]:
-    """Return the grid of a kernel that takes a warp for each of ``n``."""
-    return -(-n * _WARP // spec.block), 1

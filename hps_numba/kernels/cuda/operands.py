@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.layout import WorkLayout
 
+WARP = 32
 MAX_TABLES = 65535  # of one launch: the grid's limit in y
 
 
@@ -60,10 +61,31 @@ class Batch:
     first_table: int = 0
 
     def __post_init__(self) -> None:
+        """Refuse tables that no grid has."""
         if not 1 <= self.n_tables <= MAX_TABLES:
             raise ValueError(
                 f"n_tables={self.n_tables} is not between 1 and {MAX_TABLES}"
             )
+        if self.first_table < 0:
+            raise ValueError(f"first_table={self.first_table} is negative")
+
+    def check(self, n_keys: int, work: Workspace, n_held: int) -> None:
+        """Raise ValueError if workspace or cache have too little for the batch."""
+        if n_keys > work.layout.n_keys:
+            raise ValueError(
+                f"{n_keys} keys exceed the workspace's {work.layout.n_keys}"
+            )
+        end = self.first_table + self.n_tables
+        if self.n_tables > work.layout.n_tables or end > n_held:
+            raise ValueError(
+                f"{self.n_tables} tables from table {self.first_table} on exceed the "
+                f"workspace's {work.layout.n_tables} or the cache's {n_held}"
+            )
+
+    def check_table(self, table: int) -> None:
+        """Raise ValueError if a table is none of the batch's."""
+        if not 0 <= table < self.n_tables:
+            raise ValueError(f"table {table} is none of the query's {self.n_tables}")
 
     def grid(self, per_block: int) -> tuple[int, int]:
         """Return a grid of one block a table at least: an empty launch reports, too."""
@@ -91,3 +113,14 @@ class Bags:
     n_keys: int
     weights: int = 0
     mean: bool = False
+
+
+def check_aligned(values: int, n_bytes: int) -> None:
+    """Raise ValueError if an address of rows is not a multiple of ``n_bytes``."""
+    if values % n_bytes:
+        raise ValueError(f"values={values:#x} are not aligned to {n_bytes} bytes")
+
+
+def warps(spec: KernelSpec, n: int) -> tuple[int, int]:
+    """Return the grid of a kernel that takes a warp for each of ``n``."""
+    return -(-n * WARP // spec.block), 1

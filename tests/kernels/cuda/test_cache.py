@@ -148,6 +148,8 @@ def test_a_launch_has_one_table_at_least_and_no_more_than_a_grid() -> None:
     for n_tables in (0, 65536):
         with pytest.raises(ValueError, match=f"n_tables={n_tables}"):
             Batch(1, KEYS, VALUES, n_tables)
+    with pytest.raises(ValueError, match="first_table=-1 is negative"):
+        Batch(1, KEYS, first_table=-1)
     cache, _ = cache_of(RowLayout(16))
     with pytest.raises(ValueError, match="2 tables from table 1 on exceed"):
         cache.query(Batch(10, KEYS, VALUES, 2, 5, first_table=1), OUT, WORK)
