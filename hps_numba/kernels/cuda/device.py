@@ -14,7 +14,16 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from hps_numba.kernels.cuda.layout import DIGESTS, KEY_BYTES, SET_BYTES, WAYS
+from hps_numba.kernels.cuda.hashing import set_of
+from hps_numba.kernels.cuda.layout import (
+    DIGESTS,
+    KEY_BYTES,
+    KEYS,
+    META,
+    N_SETS,
+    SET_BYTES,
+    WAYS,
+)
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
     add_u32,
@@ -176,9 +185,13 @@ def way_in_locked(meta, keys, key, digest, lane):
 
 
 @cuda.jit(device=True, forceinline=True)
-def meta_of(table, n_set):
-    """Return the address of a set's metadata."""
-    return load_const_u64(table) + n_set * u64(SET_BYTES)
+def place_of(table, hashed):
+    """Return where a key may live: its set's metadata, keys, and first slot."""
+    n_set = set_of(hashed, load_const_u64(table + u64(N_SETS)))
+    meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
+    slot = n_set * u64(WAYS)
+    keys = load_const_u64(table + u64(KEYS)) + slot * u64(KEY_BYTES)
+    return meta, keys, slot
 
 
 @cuda.jit(device=True, forceinline=True)

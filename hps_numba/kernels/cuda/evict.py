@@ -8,13 +8,12 @@ import numpy as np
 from numba import cuda
 
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.device import lock_set, unlock_set, way_in_locked
-from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of
+from hps_numba.kernels.cuda.device import lock_set, place_of, unlock_set, way_in_locked
+from hps_numba.kernels.cuda.hashing import digest_of, hash_key
 from hps_numba.kernels.cuda.layout import (
     DIGESTS,
     FLOOR,
     KEY_BYTES,
-    KEYS,
     META,
     N_SETS,
     SET_BYTES,
@@ -74,10 +73,7 @@ def evict_kernel() -> KernelSpec:
         table = tables + u64(n_table) * u64(TABLE_BYTES)
         key = load_const_u64(keys + i * u64(KEY_BYTES))
         hashed = hash_key(key)
-        n_set = set_of(hashed, load_const_u64(table + u64(N_SETS)))
-        meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
-        slots = load_const_u64(table + u64(KEYS))
-        slots += n_set * u64(WAYS * KEY_BYTES)
+        meta, slots, _ = place_of(table, hashed)
         outcome = _BUSY
         seq = lock_set(meta)
         if (seq & u32(1)) == u32(0):

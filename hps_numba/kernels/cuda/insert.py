@@ -9,13 +9,18 @@ import numpy as np
 from numba import cuda
 
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.device import first_bit, lock_set, unlock_set, way_in_locked
+from hps_numba.kernels.cuda.device import (
+    first_bit,
+    lock_set,
+    place_of,
+    unlock_set,
+    way_in_locked,
+)
 from hps_numba.kernels.cuda.hashing import (
     digest_of,
     door_mark_of,
     door_of,
     hash_key,
-    set_of,
     stamp_of,
 )
 from hps_numba.kernels.cuda.layout import (
@@ -26,13 +31,9 @@ from hps_numba.kernels.cuda.layout import (
     FLOOR,
     INSERTED,
     KEY_BYTES,
-    KEYS,
-    META,
-    N_SETS,
     REFUSED,
     ROWS,
     SCORES,
-    SET_BYTES,
     SIZE,
     STAMP_MASK,
     STAMPS,
@@ -159,10 +160,7 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
         if selected == u64(0) or load_u8(selected + i) != u32(0):
             key = load_const_u64(keys + i * u64(KEY_BYTES))
             hashed = hash_key(key)
-            n_set = set_of(hashed, load_const_u64(table + u64(N_SETS)))
-            meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
-            slot = n_set * u64(WAYS)
-            slots = load_const_u64(table + u64(KEYS)) + slot * u64(KEY_BYTES)
+            meta, slots, slot = place_of(table, hashed)
             outcome = _BUSY
             seq = lock_set(meta)
             if (seq & u32(1)) == u32(0):

@@ -19,18 +19,17 @@ from hps_numba.kernels.cuda.device import (
     begin_reads,
     blocks_for,
     end_reads,
+    place_of,
     probe,
     segment,
     start_of,
     unchanged,
 )
-from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of
+from hps_numba.kernels.cuda.hashing import digest_of, hash_key
 from hps_numba.kernels.cuda.layout import (
     COUNTER_BYTES,
     FIRSTS,
     KEY_BYTES,
-    KEYS,
-    META,
     MISSING,
     N_BAGS,
     N_MISSING,
@@ -39,7 +38,6 @@ from hps_numba.kernels.cuda.layout import (
     RESULTS,
     ROWS,
     SCORES,
-    SET_BYTES,
     TABLE_BYTES,
     WAYS,
     Policy,
@@ -96,10 +94,7 @@ def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
     def look(table, key, number):
         """Return (slot, metadata, seq, way); slot is ``number`` for a miss."""
         hashed = hash_key(key)
-        n_set = set_of(hashed, load_const_u64(table + u64(N_SETS)))
-        meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
-        slot = n_set * u64(WAYS)
-        slots = load_const_u64(table + u64(KEYS)) + slot * u64(KEY_BYTES)
+        meta, slots, slot = place_of(table, hashed)
         way, seq = probe(meta, slots, key, digest_of(hashed))
         if way < u32(WAYS):
             number = u32(slot + u64(way))

@@ -13,19 +13,17 @@ from hps_numba.kernels.cuda.device import (
     begin_reads,
     blocks_for,
     end_reads,
+    place_of,
     probe,
     segment,
     unchanged,
 )
-from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of
+from hps_numba.kernels.cuda.hashing import digest_of, hash_key
 from hps_numba.kernels.cuda.layout import (
     KEY_BYTES,
-    KEYS,
-    META,
     N_SETS,
     ROWS,
     SCORES,
-    SET_BYTES,
     TABLE_BYTES,
     WAYS,
     Policy,
@@ -90,10 +88,7 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
             if pending and attempt < ATTEMPTS:
                 key = load_u64(keys + position * u64(KEY_BYTES))
                 hashed = hash_key(key)
-                n_set = set_of(hashed, n_sets)
-                meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
-                slot = n_set * u64(WAYS)
-                slots = load_const_u64(table + u64(KEYS)) + slot * u64(KEY_BYTES)
+                meta, slots, slot = place_of(table, hashed)
                 way, seq = probe(meta, slots, key, digest_of(hashed))
                 if way < u32(WAYS):
                     number = u32(slot + u64(way))

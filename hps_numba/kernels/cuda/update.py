@@ -8,15 +8,11 @@ import numpy as np
 from numba import cuda
 
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.device import lock_set, unlock_set, way_in_locked
-from hps_numba.kernels.cuda.hashing import digest_of, hash_key, set_of, stamp_of
+from hps_numba.kernels.cuda.device import lock_set, place_of, unlock_set, way_in_locked
+from hps_numba.kernels.cuda.hashing import digest_of, hash_key, stamp_of
 from hps_numba.kernels.cuda.layout import (
     KEY_BYTES,
-    KEYS,
-    META,
-    N_SETS,
     ROWS,
-    SET_BYTES,
     STAMP_MASK,
     STAMPS,
     TABLE_BYTES,
@@ -75,10 +71,7 @@ def update_kernel(rows: RowLayout) -> KernelSpec:
         table = tables + u64(n_table) * u64(TABLE_BYTES)
         key = load_const_u64(keys + i * u64(KEY_BYTES))
         hashed = hash_key(key)
-        n_set = set_of(hashed, load_const_u64(table + u64(N_SETS)))
-        meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
-        slot = n_set * u64(WAYS)
-        slots = load_const_u64(table + u64(KEYS)) + slot * u64(KEY_BYTES)
+        meta, slots, slot = place_of(table, hashed)
         outcome = _BUSY
         seq = lock_set(meta)
         if (seq & u32(1)) == u32(0):
