@@ -21,6 +21,7 @@ from tests.kernels.cuda.race_scenarios import (
     dump_race,
     duplicate_race,
     mixed_races,
+    shared_stamp_race,
     update_race,
 )
 from tests.kernels.cuda.races import EDGES, MAX_STEPS
@@ -52,6 +53,10 @@ def readers_beside_updates_that_are_held_up() -> None:
 def backfills() -> None:
     for writer in ("update", "held update", "evict", "clear"):
         _in_all(20, backfill_race, writer=writer)
+
+
+def shared_stamps() -> None:
+    _in_all(30, shared_stamp_race)
 
 
 def duplicates() -> None:

@@ -220,7 +220,7 @@ _STAMPS = [
         "insert",
         "u32(cuda.ballot_sync(FULL_WARP, later > epoch)) != u32(0)",
         "later > epoch",
-        "readers_beside_writers",
+        "shared_stamps",
     ),
     Mutant(
         "a hold stamps nothing",

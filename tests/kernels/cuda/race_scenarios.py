@@ -145,6 +145,25 @@ def backfill_race(seed: int, writer: str, **schedule: Any) -> Counter[Outcome]:
     return Counter(Outcome(one) for one in np.concatenate(backfills).tolist())
 
 
+def shared_stamp_race(seed: int, **schedule: Any) -> None:
+    """Insert keys while others are evicted that share their stamp.
+
+    Each insert comes before an eviction or after it: all its lanes take one way.
+    """
+    arena = Arena(seed, n_sets=16, n_keys=36, n_stamps=1)
+    numbers, outcomes = np.arange(36), []
+    with arena.cache.launcher.together(seed, **schedule):
+        for i in range(6):
+            new = numbers[4 * i : 4 * i + 4]
+            outcomes.append(arena.insert(new, epoch=i, stream=f"backfill {i % 2}"))
+            arena.evict(numbers[24 + 2 * i : 26 + 2 * i], stream="writer")
+    found = np.concatenate(outcomes)
+    settle(found, {Outcome.INSERTED, Outcome.STALE})
+    arena.check_cache()
+    left = set(arena.keys[:24][found == Outcome.INSERTED].tolist())
+    assert set(arena.cache.contents()) == left
+
+
 def duplicate_race(seed: int, **schedule: Any) -> Counter[Outcome]:
     """Insert the same keys twice at once into sets that are nearly full."""
     policy = (Policy.LRU, Policy.LFU)[seed % 2]

@@ -14,6 +14,7 @@ from tests.kernels.cuda.race_scenarios import (
     dump_race,
     duplicate_race,
     mixed_races,
+    shared_stamp_race,
     update_race,
 )
 from tests.kernels.cuda.races import Reads
@@ -65,6 +66,13 @@ def test_no_backfill_passes_a_held_key(memory: str) -> None:
         for seed in range(50):
             outcomes = backfill_race(seed, "held update", **schedule)
             assert set(outcomes) == {Outcome.STALE}
+
+
+@in_both_memories
+def test_lanes_of_an_insert_agree_on_a_stamp_that_others_move(memory: str) -> None:
+    for schedule in MEMORIES[memory]:
+        for seed in range(30):
+            shared_stamp_race(seed, **schedule)
 
 
 @in_both_memories
