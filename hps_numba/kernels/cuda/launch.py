@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from cuda.bindings import driver
 from cuda.core import Device, ObjectCode
@@ -17,6 +17,8 @@ from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.cubins import CubinCache, default_directory
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # Handles up to this one name a default stream of the current context.
 _LAST_DEFAULT_STREAM = 2
@@ -76,7 +78,7 @@ class CudaLauncher:
         self.device = _open(device)
         with _restored_context():
             self.device.set_current()
-            self._context = int(_checked(driver.cuCtxGetCurrent(), "device"))
+            self._context = int(checked(driver.cuCtxGetCurrent(), "device"))
         self.cc: tuple[int, int] = tuple(self.device.compute_capability)
         self._cubins = cubins or CubinCache(default_directory())
         # guards loading; a dictionary is read without it
@@ -123,18 +125,21 @@ class CudaLauncher:
             loaded = self._load(spec)
         if not (grid[0] and grid[1]):
             return
-        handle = stream if isinstance(stream, int) else _stream_handle(stream)
+        handle = stream if isinstance(stream, int) else stream_handle(stream)
         packed = _taken(loaded)
         try:
             packed.fill(args)
-            if handle <= _LAST_DEFAULT_STREAM:
-                with self._current():
-                    self._queue(loaded, grid, packed, handle)
-            else:
-                self._enter_thread()
-                self._queue(loaded, grid, packed, handle)
+            self.on(handle, self._queue, loaded, grid, packed, handle)
         finally:
             loaded.free.append(packed)
+
+    def on(self, stream: int, call: Callable[..., _T], *args: Any) -> _T:
+        """Call a function that works on a stream of this device."""
+        if stream <= _LAST_DEFAULT_STREAM:
+            with self.current():
+                return call(*args)
+        self._enter_thread()
+        return call(*args)
 
     def warm_up(
         self,
@@ -193,7 +198,7 @@ class CudaLauncher:
     def _load_locked(self, spec: KernelSpec) -> _Loaded:
         cubin = self._cubins.get(spec, self.cc)
         code = ObjectCode.from_cubin(cubin.code, name=spec.name)
-        with self._current():
+        with self.current():
             try:
                 kernel = code.get_kernel(spec.name)
             # cuda.core raises its own, which differ by version.
@@ -202,27 +207,27 @@ class CudaLauncher:
             handle = driver.CUkernel(int(kernel.handle))
             # The driver loads lazily: left to the first launch, loading would allocate
             # and wait there, which a stream that is being captured does not allow.
-            function = _checked(driver.cuKernelGetFunction(handle), spec.name)
-            _checked(driver.cuFuncLoad(function), spec.name)
+            function = checked(driver.cuKernelGetFunction(handle), spec.name)
+            checked(driver.cuFuncLoad(function), spec.name)
         logger.debug("kernel=%s device=%d loaded", spec.name, self.device.device_id)
         return _Loaded(spec, code, driver.CUfunction(int(handle)))
 
     def _enter_thread(self) -> None:
         """Give the calling thread a current context if it has none."""
         if not getattr(self._threads, "entered", False):
-            if not int(_checked(driver.cuCtxGetCurrent(), "thread")):
+            if not int(checked(driver.cuCtxGetCurrent(), "thread")):
                 self.device.set_current()
             self._threads.entered = True
 
     @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
         """Make this device the thread's current one for a moment."""
         self._enter_thread()
-        if int(_checked(driver.cuCtxGetCurrent(), "thread")) == self._context:
+        if int(checked(driver.cuCtxGetCurrent(), "thread")) == self._context:
             yield
             return
         with _restored_context():
-            _checked(driver.cuCtxSetCurrent(self._context), "thread")
+            checked(driver.cuCtxSetCurrent(self._context), "thread")
             yield
 
 
@@ -249,7 +254,7 @@ def _restored_context() -> Iterator[None]:
         yield
     finally:
         if before is not None and int(before):
-            _checked(driver.cuCtxSetCurrent(before), "thread")
+            checked(driver.cuCtxSetCurrent(before), "thread")
 
 
 def _taken(loaded: _Loaded) -> PackedArguments:
@@ -259,14 +264,15 @@ def _taken(loaded: _Loaded) -> PackedArguments:
         return PackedArguments(loaded.spec)
 
 
-def _stream_handle(stream: CudaStream | None) -> int:
+def stream_handle(stream: CudaStream | None) -> int:
+    """Return a stream's number, which is 0 for None."""
     if stream is None:
         return 0
     return int(stream.__cuda_stream__()[1])
 
 
-def _checked(result: tuple[Any, ...], what: str) -> Any:
-    """Return what a driver call gives beside its status."""
+def checked(result: tuple[Any, ...], what: str) -> Any:
+    """Return what a driver call gives beside its status; raise LaunchError of it."""
     status, *values = result
     if status:
         raise LaunchError(f"{what}: {_reason(status)}")
