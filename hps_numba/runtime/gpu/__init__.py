@@ -1,0 +1,1 @@
+"""The GPU cache in the way of a lookup."""

@@ -1,0 +1,209 @@
+"""How large the GPU cache of a model is: sets of every table, and bytes of the whole.
+
+Pure arithmetic: no GPU is asked and no CUDA package is imported, so that a machine
+without either can tell what one with them will need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hps_numba.config import EmbeddingCacheType, InferenceParams
+from hps_numba.errors import ConfigError
+from hps_numba.kernels.cuda.layout import (
+    MAX_DIM,
+    WAYS,
+    CacheLayout,
+    Policy,
+    RowLayout,
+    TableLayout,
+)
+from hps_numba.types import TableSpec
+
+MAX_SETS = ((1 << 32) - 1) // WAYS
+_OVERFLOWS = 1e-3  # expected sets of a table with more rows than ways
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Tables of one model whose rows have the same layout: one cache.
+
+    Parameters
+    ----------
+    specs
+        The tables, in the order of the model.
+    layout
+        Where everything of the cache lies; its tables are in the same order.
+    policy
+        Which row of a full set makes room.
+    file_rows
+        Rows of each table's model directory, 0 where unknown.
+    """
+
+    specs: tuple[TableSpec, ...]
+    layout: CacheLayout
+    policy: Policy
+    file_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The caches of one model on one device."""
+
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of device memory that the caches take together."""
+        return sum(group.layout.n_bytes for group in self.groups)
+
+    def n_slots(self, tag: str) -> int:
+        """Return how many rows of a table can be in the cache."""
+        group, i = self._find(tag)
+        return group.layout.tables[i].n_slots
+
+    def n_rows(self, tag: str) -> int:
+        """Return ``n_slots``, or the rows of the table's files if those are fewer."""
+        group, i = self._find(tag)
+        n_slots = group.layout.tables[i].n_slots
+        return min(n_slots, group.file_rows[i] or n_slots)
+
+    def table_bytes(self, tag: str) -> int:
+        """Return a table's part of ``n_bytes``; the parts add up to the whole."""
+        group, i = self._find(tag)
+        return _bytes(group.layout.rows, group.layout.tables[i].n_sets)
+
+    def _find(self, tag: str) -> tuple[GroupPlan, int]:
+        for group in self.groups:
+            for i, spec in enumerate(group.specs):
+                if spec.tag == tag:
+                    return group, i
+        raise KeyError(tag)
+
+
+def plan_cache(params: InferenceParams, rows: Sequence[int]) -> CachePlan:
+    """Return the caches that a model gets on each of its devices.
+
+    Parameters
+    ----------
+    params
+        The model.
+    rows
+        Rows of each table's model directory; 0 where there is none, or it is empty.
+
+    Raises
+    ------
+    ConfigError
+        If the tables do not fit what the configuration or the kernels allow.
+    """
+    specs = params.tables()
+    layouts = [_row_layout(spec) for spec in specs]
+    if params.embedding_cache_type is EmbeddingCacheType.STATIC:
+        policy, n_sets = Policy.STATIC, _static_sets(specs, rows)
+    else:
+        policy, n_sets = Policy.LRU, _dynamic_sets(params, specs, rows)
+    for spec, n in zip(specs, n_sets, strict=True):
+        if n > MAX_SETS:
+            raise ConfigError(
+                f"table {spec.tag}: a GPU cache of {n * WAYS:,} rows is more than the "
+                f"{MAX_SETS * WAYS:,} that a table can have; lower gpucacheper"
+            )
+    positions: dict[RowLayout, list[int]] = {}
+    for i, layout in enumerate(layouts):
+        positions.setdefault(layout, []).append(i)
+    return CachePlan(
+        tuple(
+            GroupPlan(
+                specs=tuple(specs[i] for i in members),
+                layout=CacheLayout(layout, tuple(_table(n_sets[i]) for i in members)),
+                policy=policy,
+                file_rows=tuple(rows[i] for i in members),
+            )
+            for layout, members in positions.items()
+        )
+    )
+
+
+def sets_for_all(n_rows: int) -> int:
+    """Return the fewest sets in which as good as surely all rows find a place.
+
+    The expected number of sets with more rows than ways is below 1/1000, by a bound:
+    rows of a set are taken as Poisson distributed, whose tail is above that of the
+    binomial distribution, which keys with random hashes follow.
+    """
+    if n_rows <= WAYS:
+        return 1
+    few, many = n_rows // WAYS, n_rows  # too few for sure; surely enough
+    while many - few > 1:
+        middle = (few + many) // 2
+        if middle * _more_than_ways(n_rows / middle) < _OVERFLOWS:
+            many = middle
+        else:
+            few = middle
+    return many
+
+
+def _more_than_ways(mean: float) -> float:
+    """Return how likely a Poisson distributed number is above 28; exact in float64."""
+    if mean >= WAYS:
+        return 1.0  # it is above 0.4 there, which is as good to know
+    term = math.exp(math.lgamma(WAYS + 2) * -1 + (WAYS + 1) * math.log(mean) - mean)
+    total, k = 0.0, WAYS + 1
+    while term > total * 1e-17:
+        total += term
+        k += 1
+        term *= mean / k
+    return total
+
+
+def _row_layout(spec: TableSpec) -> RowLayout:
+    if spec.dim > MAX_DIM:
+        raise ConfigError(
+            f"table {spec.tag}: rows of {spec.dim} values are too long for the GPU "
+            f"cache, which takes {MAX_DIM}; set gpucache to false"
+        )
+    return RowLayout(spec.dim, spec.dtype.value)
+
+
+def _static_sets(specs: Sequence[TableSpec], rows: Sequence[int]) -> list[int]:
+    """Return sets with a place for every row."""
+    for spec, n_rows in zip(specs, rows, strict=True):
+        if not n_rows:
+            raise ConfigError(
+                f"table {spec.tag}: a static cache holds the rows of the table's "
+                f"model directory, and there are none; use embedding_cache_type dynamic"
+            )
+    return [sets_for_all(n) for n in rows]
+
+
+def _dynamic_sets(
+    params: InferenceParams, specs: Sequence[TableSpec], rows: Sequence[int]
+) -> list[int]:
+    """Return sets for the configured share of the rows.
+
+    Without rows to take a share of, a table gets room for the keys of one lookup.
+    """
+    share = params.cache_size_percentage
+    n_sets = []
+    for spec, n_rows in zip(specs, rows, strict=True):
+        if share == 1 and n_rows:
+            n_sets.append(sets_for_all(n_rows))
+        else:
+            n_sets.append(_sets_for(round(share * n_rows) if n_rows else spec.max_keys))
+    return n_sets
+
+
+def _sets_for(n_rows: int) -> int:
+    """Return sets with as many ways as there are rows."""
+    return max(1, -(-n_rows // WAYS))
+
+
+def _table(n_sets: int) -> TableLayout:
+    return TableLayout.for_rows(n_sets * WAYS)
+
+
+def _bytes(rows: RowLayout, n_sets: int) -> int:
+    """Return the bytes of a table; those of a cache are the sum over its tables."""
+    return CacheLayout(rows, (_table(n_sets),)).n_bytes
