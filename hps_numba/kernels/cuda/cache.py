@@ -9,7 +9,7 @@ from typing import Any
 from hps_numba.kernels.cuda import dump, evict, insert, pooled, query, scatter, update
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.evict import HOLD
-from hps_numba.kernels.cuda.insert import ADMIT
+from hps_numba.kernels.cuda.insert import ADMIT, FREE_ONLY
 from hps_numba.kernels.cuda.layout import (
     TABLE_BYTES,
     CacheLayout,
@@ -52,6 +52,11 @@ class Cache:
     -----
     Safe from several threads and streams at once, but for updates and evictions of one
     table, which come one after the other.
+
+    Caches may share a block if their layouts differ in ``rows.out`` only, and their
+    policies are the same: what inserts of one policy leave as scores means something
+    else to another, and those of ``STATIC`` leave none. Rows that must push nobody out,
+    as in a warm-up, are inserted with ``make_room=False``.
     """
 
     def __init__(
@@ -171,6 +176,7 @@ class Cache:
         outcomes: int = 0,
         evicted: int = 0,
         admit: bool = False,
+        make_room: bool = True,
         stream: Any = None,
     ) -> None:
         """Give keys a place, if need be another one's.
@@ -191,6 +197,8 @@ class Cache:
             Address of int64 (n,) that gets the key that made room, or 0.
         admit
             Take a new key into a full set at its second sight only.
+        make_room
+            Let keys of a full set yield; otherwise new ones of it are FULL.
         stream
             Where the launch is queued.
 
@@ -207,7 +215,7 @@ class Cache:
         spec = insert.insert_kernel(self.layout.rows, self.policy)
         args = (
             *(self.base, table, keys, values, n, epoch),
-            *(selected, outcomes, evicted, ADMIT * admit),
+            *(selected, outcomes, evicted, ADMIT * admit | FREE_ONLY * (not make_room)),
         )
         self._launcher.launch(spec, warps(spec, n), args, stream)
 

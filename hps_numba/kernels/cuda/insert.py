@@ -58,7 +58,8 @@ from hps_numba.kernels.cuda.scores import scorer, victim_chooser
 
 u32, u64 = np.uint32, np.uint64
 
-ADMIT = 1  # flag: a full set takes a key at its second sight only
+# Flags: a full set takes a key at its second sight only, or takes none.
+ADMIT, FREE_ONLY = 1, 2
 BLOCK = 256
 
 _REPLACED, _INSERTED = u32(Outcome.REPLACED), u32(Outcome.INSERTED)
@@ -111,7 +112,7 @@ def way_chooser(policy: Policy) -> Any:
             empty = u32(cuda.ballot_sync(FULL_WARP, mine == u32(0)))
             if empty != u32(0):
                 way, outcome = first_bit(empty), _INSERTED
-            elif nobody_yields:
+            elif nobody_yields or (flags & u32(FREE_ONLY)) != u32(0):
                 outcome = _FULL
             elif (flags & u32(ADMIT)) != u32(0) and not seen_before(
                 table, hashed, lane

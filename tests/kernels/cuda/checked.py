@@ -290,9 +290,11 @@ class CheckedCache:
         epoch: int = 0,
         selected: Array | None = None,
         admit: bool = False,
+        make_room: bool = True,
     ) -> list[Outcome]:
+        options = {"selected": selected, "admit": admit, "make_room": make_room}
         outcomes, evicted = self.cpu.insert(
-            keys, values, table=table, epoch=epoch, selected=selected, admit=admit
+            keys, values, table=table, epoch=epoch, **options
         )
         self.count("insert", len(keys))
         skipped = outcomes == Outcome.SKIPPED
@@ -309,6 +311,7 @@ class CheckedCache:
             [row.tobytes() for row in values.astype(self.cpu.stored)],
             epoch,
             admit,
+            make_room,
             outcomes.tolist(),
             evicted.tolist(),
             {n_set: self.seen(table, n_set) for n_set in sets},

@@ -209,7 +209,7 @@ class CpuCache:
         epoch: int = 0,
         selected: Array | None = None,
         stream: Any = None,
-        admit: bool = False,
+        **options: Any,
     ) -> tuple[Array, Array]:
         """Insert rows; return the outcomes, and the keys that made room."""
         n = len(keys)
@@ -228,8 +228,8 @@ class CpuCache:
             selected=mask,
             outcomes=self.memory.address(outcomes),
             evicted=self.memory.address(evicted),
-            admit=admit,
             stream=stream,
+            **options,
         )
         return outcomes[:n], evicted[:n]
 

@@ -170,7 +170,13 @@ class OracleTable:
         return max(self.stamps[stamp_of(key, len(self.stamps))], self.floor) > epoch
 
     def insert(
-        self, key: int, row: bytes, *, epoch: int, admit: bool = False
+        self,
+        key: int,
+        row: bytes,
+        *,
+        epoch: int,
+        admit: bool = False,
+        make_room: bool = True,
     ) -> tuple[Outcome, int | None]:
         """Return what became of a key, and which key made room for it."""
         one = self.sets[self.set_of(key)]
@@ -180,7 +186,7 @@ class OracleTable:
         if way is None:
             if 0 in one.digests:
                 way, outcome = one.digests.index(0), Outcome.INSERTED
-            elif self.policy == Policy.STATIC:
+            elif self.policy == Policy.STATIC or not make_room:
                 return Outcome.FULL, None
             elif admit and not self._seen(key):
                 return Outcome.TURNED_AWAY, None

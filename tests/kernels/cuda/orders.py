@@ -29,6 +29,7 @@ class Inserts:
     rows: list[bytes]
     epoch: int
     admit: bool
+    make_room: bool
     outcomes: list[int]
     evicted: list[int]
     seen: dict[int, Set]
@@ -187,7 +188,11 @@ class _Search:
     def _apply(self, i: int, n_set: int) -> bool:
         given, key = self.inserts, self.inserts.keys[i]
         outcome, gone = self.table.insert(
-            key, given.rows[i], epoch=given.epoch, admit=given.admit
+            key,
+            given.rows[i],
+            epoch=given.epoch,
+            admit=given.admit,
+            make_room=given.make_room,
         )
         if outcome != given.outcomes[i]:
             return False

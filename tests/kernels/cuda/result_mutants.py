@@ -264,6 +264,20 @@ _ROWS = (
         "operations",
     ),
     Mutant(
+        "an insert makes room although it must not",
+        "insert",
+        "elif nobody_yields or (flags & u32(FREE_ONLY)) != u32(0):",
+        "elif nobody_yields:",
+        "operations",
+    ),
+    Mutant(
+        "a row that makes no room is not scored",
+        "insert",
+        "if outcome != _REPLACED:",
+        "if outcome != _REPLACED and (flags & u32(FREE_ONLY)) == u32(0):",
+        "operations",
+    ),
+    Mutant(
         "an insert takes a key too many",
         "insert",
         "        if i >= n:\n",

@@ -179,6 +179,7 @@ class RandomOperations:
             epoch=self.epochs[table] - int(self.rng.choice([0, 0, 0, 1, 2])),
             selected=selected,
             admit=admit,
+            make_room=bool(self.rng.random() < 0.8),
         )
 
     def update(self) -> None:

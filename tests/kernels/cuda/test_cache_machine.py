@@ -64,11 +64,18 @@ class CacheMachine(RuleBasedStateMachine):
         key=KEYS,
         behind=st.sampled_from([0, 0, 0, 0, 1, 2]),
         admit=st.booleans(),
+        make_room=st.sampled_from([True, True, True, False]),
     )
-    def insert(self, table: int, key: int, behind: int, admit: bool) -> None:
-        keys = np.array([key])
+    def insert(
+        self, table: int, key: int, behind: int, admit: bool, make_room: bool
+    ) -> None:
         self.cache.insert(
-            keys, self.rows(1), table=table, epoch=self.epoch - behind, admit=admit
+            np.array([key]),
+            self.rows(1),
+            table=table,
+            epoch=self.epoch - behind,
+            admit=admit,
+            make_room=make_room,
         )
 
     @rule(table=TABLE, key=KEYS)
