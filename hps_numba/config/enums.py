@@ -41,6 +41,13 @@ class EmbeddingCacheType(str, Enum):
     STOCHASTIC = "stochastic"
 
 
+class GpuCachePolicy(str, Enum):
+    """Which row of a full set of the GPU cache makes room for another."""
+
+    LRU = "lru"
+    LFU = "lfu"
+
+
 class RedisLayout(str, Enum):
     """How rows are laid out in Redis."""
 
@@ -164,6 +171,7 @@ OVERFLOW_POLICIES = Spellings(
     },
 )
 CACHE_TYPES = Spellings(*EmbeddingCacheType)
+GPU_CACHE_POLICIES = Spellings(*GpuCachePolicy)
 ROW_DTYPES = Spellings(*RowDtype)
 FAILURE_MODES = Spellings(*FailureMode)
 REDIS_LAYOUTS = Spellings(*RedisLayout)

@@ -11,10 +11,12 @@ from hps_numba.config.base import ConfigModel
 from hps_numba.config.enums import (
     CACHE_TYPES,
     DUPLICATE_KEYS,
+    GPU_CACHE_POLICIES,
     NON_FINITE,
     ROW_DTYPES,
     DuplicateKeys,
     EmbeddingCacheType,
+    GpuCachePolicy,
     NonFinite,
 )
 from hps_numba.config.fields import (
@@ -39,6 +41,13 @@ _LISTS = {
     "maxnum_catfeature_query_per_table_per_sample": 26,
     "embedding_vecsize_per_table": 128,
 }
+_OPTIONAL_LISTS = (
+    "sparse_model_files",
+    "host_bytes_per_table",
+    "warm_up_rows_per_table",
+    "warm_up_keys_per_table",
+)
+_AS_DYNAMIC = (EmbeddingCacheType.UVM, EmbeddingCacheType.STOCHASTIC)
 
 
 class InferenceParams(ConfigModel):
@@ -57,8 +66,9 @@ class InferenceParams(ConfigModel):
     )
     hit_rate_threshold: Annotated[float, Field(ge=0)] = Field(
         0.9,
-        description="At or above this hit rate of the GPU cache, misses get the "
-        "default row at once and are fetched in the background; above 1 never.",
+        description="At or above this hit rate of a table's unique keys in the GPU "
+        "cache, misses get the default row at once and are fetched in the background; "
+        "from 1 on, every lookup waits for its rows.",
     )
     dense_model_file: str = Field("", alias="dense_file", description="Not read.")
     sparse_model_files: tuple[Text, ...] = Field(
@@ -69,10 +79,17 @@ class InferenceParams(ConfigModel):
     )
     device_id: Size = Field(0, description="Taken from deployed_device_list.")
     use_gpu_embedding_cache: bool = Field(
-        True, alias="gpucache", description="Keep rows in a GPU cache."
+        True,
+        alias="gpucache",
+        description="Keep rows in a GPU cache. Without a GPU they are served from host "
+        "memory, with one warning.",
     )
     cache_size_percentage: Share = Field(
-        0.2, alias="gpucacheper", description="Share of a table's rows on the GPU."
+        0.2,
+        alias="gpucacheper",
+        description="Share of a table's rows on the GPU. 1 gives every row a place, "
+        "which takes more room than there are rows. A table without files has room for "
+        "the keys of one lookup.",
     )
     i64_input_key: bool = Field(
         True, description="Set from supportlonglong; keys of any integer type work."
@@ -129,24 +146,48 @@ class InferenceParams(ConfigModel):
         False, description="The same as embedding_cache_type static."
     )
     embedding_cache_type: Annotated[EmbeddingCacheType, CACHE_TYPES] = Field(
-        EmbeddingCacheType.DYNAMIC, description="Kind of GPU cache."
+        EmbeddingCacheType.DYNAMIC,
+        description="Kind of GPU cache. static has a place for every row and evicts "
+        "none; uvm and stochastic are served as dynamic.",
     )
-    use_context_stream: bool = Field(
-        True, description="Run on the caller's CUDA stream."
+    use_context_stream: bool = idle(
+        True, "a lookup runs on the stream that it is given"
     )
     fuse_embedding_table: bool = idle(
         True, "tables of one model are looked up together in any case"
     )
     use_hctr_cache_implementation: bool = idle(True, "there is one implementation")
-    init_ec: bool = Field(True, description="Warm the GPU cache up at the start.")
-    enable_pagelock: bool = Field(
-        False, description="Static cache: keep rows in pinned host memory."
+    init_ec: bool = Field(
+        True,
+        description="Warm the GPU cache up before the model is served; see "
+        "warm_up_rows_per_table and warm_up_keys_per_table.",
     )
-    fp8_quant: bool = Field(
-        False, description="Static cache: keep rows in 8 bits per value."
-    )
+    enable_pagelock: bool = idle(False, "cached rows are in device memory")
+    fp8_quant: bool = idle(False, "rows are stored as row_dtype_per_table says")
     row_dtype_per_table: tuple[Annotated[RowDtype, ROW_DTYPES], ...] = own(
         (), "How rows are stored, per table: float32 or float16. Lookups give float32."
+    )
+    require_gpu: bool = own(
+        False, "Refuse to serve the model where gpucache finds no GPU to use."
+    )
+    gpu_cache_bytes: Count | None = own(
+        None,
+        "Bytes of the model's GPU cache on each device: all tables get the same share "
+        "of their rows, the largest that fits. null sizes them by gpucacheper.",
+    )
+    gpu_cache_policy: Annotated[GpuCachePolicy, GPU_CACHE_POLICIES] = own(
+        GpuCachePolicy.LRU,
+        "Which rows a dynamic GPU cache gives up: lru, those not used for longest, or "
+        "lfu, those used least often.",
+    )
+    warm_up_rows_per_table: tuple[Size, ...] | None = own(
+        None, "Rows that the warm-up loads, per table; null for all there is room for."
+    )
+    warm_up_keys_per_table: tuple[str, ...] | None = own(
+        None,
+        "Files of the keys that the warm-up loads, per table: .npy, int64, the most "
+        "frequent first, or (n, 2) with the count of each. Empty, or null for all "
+        "tables: the first rows of the model directory.",
     )
     host_bytes_per_table: tuple[Count, ...] | None = own(
         None, "Part of volatile_db.max_bytes for each table; null shares it by need."
@@ -171,6 +212,10 @@ class InferenceParams(ConfigModel):
         """Fill per-table lists to the number of tables where HugeCTR does."""
         if values.get("use_static_table") is True:
             values["embedding_cache_type"] = EmbeddingCacheType.STATIC
+        kind = CACHE_TYPES.find(values.get("embedding_cache_type"))
+        if kind in _AS_DYNAMIC and values.get("use_gpu_embedding_cache", True):
+            where = (*path, "embedding_cache_type")
+            findings.note(where, f"{kind.value} is served as dynamic")
         n_tables = _count(values)
         if n_tables is None:
             return
@@ -198,16 +243,14 @@ class InferenceParams(ConfigModel):
         n_tables = len(self.embedding_table_names)
         found = []
         for name in (
-            "sparse_model_files",
             "embedding_vecsize_per_table",
             "maxnum_catfeature_query_per_table_per_sample",
             "default_value_for_each_table",
             "row_dtype_per_table",
-            "host_bytes_per_table",
+            *_OPTIONAL_LISTS,
         ):
             given = getattr(self, name) or ()
-            optional = name in ("sparse_model_files", "host_bytes_per_table")
-            if len(given) != n_tables and (given or not optional):
+            if len(given) != n_tables and (given or name not in _OPTIONAL_LISTS):
                 text = f"has {len(given)} entries for {n_tables} tables"
                 found.append(Problem((name,), text))
         if not n_tables:
@@ -216,6 +259,10 @@ class InferenceParams(ConfigModel):
             if name in self.embedding_table_names[:i]:
                 text = f'"{name}" is used twice'
                 found.append(Problem(("embedding_table_names", i), text))
+        if self.require_gpu and not self.use_gpu_embedding_cache:
+            found.append(
+                Problem(("require_gpu",), "is true although gpucache is false")
+            )
         if not self.deployed_devices:
             found.append(Problem(("deployed_devices",), "needs at least one device"))
         return found

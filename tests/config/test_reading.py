@@ -17,6 +17,7 @@ import hps_numba as hps
 from hps_numba.config import (
     DatabaseType,
     EmbeddingCacheType,
+    GpuCachePolicy,
     UpdateSourceType,
     topic_pattern,
 )
@@ -213,6 +214,10 @@ def test_defaults_are_those_of_hugectr(tmp_path: Path) -> None:
     assert (model.thread_pool_size, model.init_ec) == (16, True)
     assert (model.enable_pagelock, model.fp8_quant) == (False, False)
     assert (model.use_static_table, model.use_context_stream) == (False, True)
+    assert (model.require_gpu, model.gpu_cache_bytes) == (False, None)
+    assert model.gpu_cache_policy is GpuCachePolicy.LRU
+    assert model.warm_up_rows_per_table is None
+    assert model.warm_up_keys_per_table is None
 
 
 def test_a_volatile_block_without_type_is_disabled_with_a_warning(
@@ -394,6 +399,57 @@ def test_the_width_of_keys_is_one_for_all_models(tmp_path: Path) -> None:
 def test_a_static_table_is_a_static_cache(tmp_path: Path) -> None:
     config = read(minimal(use_static_table=True), tmp_path)
     assert config.models[0].embedding_cache_type is EmbeddingCacheType.STATIC
+
+
+@pytest.mark.parametrize("kind", ["uvm", "stochastic"])
+def test_a_cache_type_that_is_served_as_dynamic_gets_one_line(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read(minimal(embedding_cache_type=kind.upper()), tmp_path)
+    assert config.models[0].embedding_cache_type is EmbeddingCacheType(kind)
+    assert len(caplog.messages) == 1
+    text = f"models[0].embedding_cache_type: {kind} is served as dynamic"
+    assert caplog.messages[0].endswith(text)
+    read(minimal(embedding_cache_type=kind, gpucache=False), tmp_path)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("fp8_quant", True, "rows are stored as row_dtype_per_table says"),
+        ("enable_pagelock", True, "cached rows are in device memory"),
+        ("use_context_stream", False, "a lookup runs on the stream that it is given"),
+    ],
+)
+def test_what_the_gpu_cache_does_not_do_is_told(
+    key: str,
+    value: bool,
+    reason: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read(minimal(**{key: value}), tmp_path)
+    assert [message.split(": ", 1)[1] for message in caplog.messages] == [
+        f"models[0].{key}: has no effect: {reason}"
+    ]
+
+
+def test_the_keys_of_the_gpu_cache_are_read(tmp_path: Path) -> None:
+    (model,) = read(
+        minimal(
+            require_gpu=True,
+            gpu_cache_bytes=1 << 30,
+            gpu_cache_policy="LFU",
+            warm_up_rows_per_table=[0, 500],
+            warm_up_keys_per_table=["", "hot.npy"],
+        ),
+        tmp_path,
+    ).models
+    assert (model.require_gpu, model.gpu_cache_bytes) == (True, 1 << 30)
+    assert model.gpu_cache_policy is GpuCachePolicy.LFU
+    assert model.warm_up_rows_per_table == (0, 500)
+    assert model.warm_up_keys_per_table == ("", "hot.npy")
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

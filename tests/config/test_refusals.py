@@ -258,6 +258,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             "default_value_for_each_table: has 2 entries for 1 tables",
         ),
         ({"host_bytes_per_table": [1, 2]}, "host_bytes_per_table: has 2 entries"),
+        ({"warm_up_rows_per_table": [1, 2]}, "warm_up_rows_per_table: has 2 entries"),
+        ({"warm_up_keys_per_table": ["", ""]}, "warm_up_keys_per_table: has 2 entries"),
+        (
+            {"require_gpu": True, "gpucache": False},
+            "require_gpu: is true although gpucache is false",
+        ),
         ({"deployed_device_list": []}, "deployed_devices: needs at least one device"),
         (
             {

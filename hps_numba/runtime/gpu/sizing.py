@@ -101,9 +101,11 @@ def plan_cache(params: InferenceParams, rows: Sequence[int]) -> CachePlan:
     specs = params.tables()
     layouts = [_row_layout(spec) for spec in specs]
     if params.embedding_cache_type is EmbeddingCacheType.STATIC:
-        policy, n_sets = Policy.STATIC, _static_sets(specs, rows)
+        policy = Policy.STATIC
+        n_sets = _static_sets(specs, rows)
     else:
-        policy, n_sets = Policy.LRU, _dynamic_sets(params, specs, rows)
+        policy = Policy(params.gpu_cache_policy.value)
+        n_sets = _dynamic_sets(params, specs, rows)
     for spec, n in zip(specs, n_sets, strict=True):
         if n > MAX_SETS:
             raise ConfigError(
