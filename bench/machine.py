@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, commit."""
+"""What a result was measured on: machine, versions, commit. Needs no package."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
+from typing import ClassVar
 
 PACKAGES = ("hps-numba", "numpy", "numba", "llvmlite", "rocksdict", "pydantic")
 
 
-class Machine(BaseModel):
+@dataclass(frozen=True)
+class Machine:
     """The computer, as far as it bears on speed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     cpu: str
     cores: int
@@ -25,6 +26,7 @@ class Machine(BaseModel):
     l3_bytes: int
     kernel: str
     huge_pages: str
+    gpu: str = ""
 
 
 def this_machine() -> Machine:

@@ -9,19 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench import machine
 from bench.harness import Timing
+from bench.summaries import Mark, marks, middle, spread
 
 Param = bool | int | float | str
-Mark = Literal["few", "noisy", "disturbed"]
 Sense = Literal["at_least", "at_most"]
-
-FEW_ROUNDS = 20
-NOISY = 0.03
 
 
 class Record(BaseModel):
@@ -132,15 +128,7 @@ def ratio(
     sense: Sense = "at_least",
 ) -> Ratio:
     """Summarise a comparison that was made once per round."""
-    p05, median, p95 = np.quantile(np.asarray(per_round, np.float64), [0.05, 0.5, 0.95])
-    return Ratio(
-        against=against,
-        sense=sense,
-        median=float(median),
-        p05=float(p05),
-        p95=float(p95),
-        floor=floor,
-    )
+    return Ratio(against=against, sense=sense, floor=floor, **middle(per_round))
 
 
 def timed(
@@ -159,12 +147,12 @@ def timed(
         variant=timing.name,
         params=dict(params),
         unit="s",
-        **_spread(timing.calls),
+        **spread(timing.calls),
         items=timing.items,
         rounds=len(timing.per_item),
         samples=len(timing.calls),
         noise=timing.noise,
-        marks=_marks(len(timing.per_item), timing.noise, timing.quiet),
+        marks=marks(len(timing.per_item), timing.noise, timing.quiet),
         ratios=tuple(ratios),
         absent=dict(absent or {}),
         published=published,
@@ -187,7 +175,7 @@ def counted(
         variant=variant,
         params=dict(params),
         unit=unit,
-        **_spread(np.array([value])),
+        **spread([value]),
         items=1,
         rounds=1,
         samples=1,
@@ -219,28 +207,6 @@ def shared_params(results: Sequence[Result]) -> list[str]:
     """Return the names of the parameters that are the same in all results."""
     first = results[0].params
     return [k for k in first if all(r.params.get(k) == first[k] for r in results)]
-
-
-def _spread(samples: NDArray[np.float64]) -> dict[str, float]:
-    p05, median, p95, p99 = np.quantile(samples, [0.05, 0.5, 0.95, 0.99])
-    return {
-        "median": float(median),
-        "p05": float(p05),
-        "p95": float(p95),
-        "p99": float(p99),
-        "max": float(samples.max()),
-    }
-
-
-def _marks(rounds: int, noise: float, quiet: bool) -> tuple[Mark, ...]:
-    marks: list[Mark] = []
-    if rounds < FEW_ROUNDS:
-        marks.append("few")
-    if noise > NOISY:
-        marks.append("noisy")
-    if not quiet:
-        marks.append("disturbed")
-    return tuple(marks)
 
 
 def _origin_fields(where: Origin) -> dict[str, object]:
