@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,7 +38,15 @@ def as_keys(keys: ArrayLike, spec: TableSpec) -> Keys:
     return np.require(array, requirements=("C", "W", "A"))
 
 
-def check_length(keys: Keys, spec: TableSpec) -> None:
+class Counted(Protocol):
+    """An array of any kind that knows how many items it has."""
+
+    @property
+    def size(self) -> int:
+        """Number of items."""
+
+
+def check_length(keys: Counted, spec: TableSpec) -> None:
     """Refuse a lookup of more keys than the table's buffers are meant for."""
     if keys.size > spec.max_keys:
         raise ValueError(

@@ -1,0 +1,139 @@
+"""The array that a lookup on a device returns where CuPy is not installed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hps_numba.kernels.cuda.gpu import Gpu
+from hps_numba.kernels.cuda.interchange import export_dlpack, stream_memory
+from hps_numba.runtime.gpu.arrays import DeviceView, order, protocol_stream
+
+_CUDA = 2  # DLPack's kind of device
+_NO_ORDER = -1  # the consumer sees to it
+
+
+class DeviceArray:
+    """A contiguous array on a device, for libraries that take one without copying.
+
+    ``torch.from_dlpack``, ``cupy.asarray`` and ``numba.cuda.as_cuda_array`` do.
+
+    Parameters
+    ----------
+    shape, dtype
+        As in NumPy.
+    gpu
+        The device.
+    stream
+        Handle of the stream that writes the array. Its memory is given back there, so
+        the stream should outlive the array; if it does not, giving back waits for the
+        whole device.
+
+    Attributes
+    ----------
+    address
+        Of its first item.
+
+    Raises
+    ------
+    OutOfDeviceMemoryError
+        If the device has too little memory left.
+
+    Notes
+    -----
+    Both protocols say which stream the array is written on, and a library that reads
+    it on another waits for that stream, without the calling thread.
+    """
+
+    __slots__ = ("__weakref__", "_gpu", "address", "dtype", "shape", "stream")
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Any, *, gpu: Gpu, stream: int = 0
+    ) -> None:
+        self.shape = shape
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.stream = stream
+        self._gpu = gpu
+        memory = stream_memory(gpu)
+        self.address = memory.take(self.nbytes, stream)
+        # At the process's end the driver may be gone already, and the memory with it.
+        giving = weakref.finalize(self, memory.give_back, self.address, stream)
+        giving.atexit = False
+
+    @property
+    def size(self) -> int:
+        """Number of items."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of an array without axes")
+        return self.shape[0]
+
+    def copy_to_host(self) -> NDArray[Any]:
+        """Return a copy in host memory, once everything written to the array is there.
+
+        Raises
+        ------
+        LaunchError
+            If the device failed.
+        """
+        host = np.empty(self.shape, self.dtype)
+        self._gpu.copy(host.ctypes.data, self.address, host.nbytes, self.stream)
+        self._gpu.wait(self.stream)
+        return host
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "strides": None,
+            "stream": protocol_stream(self.stream),
+            "version": 3,
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _CUDA, self._gpu.ordinal
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(
+                f"the array stays on device {self._gpu.ordinal} and is not copied; "
+                f"copy_to_host() returns one in host memory"
+            )
+        if stream != _NO_ORDER:
+            own = protocol_stream(self.stream)
+            written = DeviceView(self.address, self.shape, self.dtype, own, self)
+            order(written, protocol_stream(stream or 0), self._gpu)
+        with self._gpu.launcher.current():
+            exported = export_dlpack(self, self.address, self.shape, self.dtype)
+            return exported.__dlpack__(stream=_NO_ORDER, max_version=max_version)
+
+    def __repr__(self) -> str:
+        return (
+            f"DeviceArray(shape={self.shape}, dtype={self.dtype}, "
+            f"device={self._gpu.ordinal}, address={self.address:#x})"
+        )
