@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from hps_numba.config import EmbeddingCacheType, InferenceParams
 from hps_numba.errors import ConfigError
 from hps_numba.kernels.cuda.layout import (
+    KEY_BYTES,
     MAX_DIM,
+    SET_BYTES,
     WAYS,
     CacheLayout,
     Policy,
@@ -100,18 +102,14 @@ def plan_cache(params: InferenceParams, rows: Sequence[int]) -> CachePlan:
     """
     specs = params.tables()
     layouts = [_row_layout(spec) for spec in specs]
-    if params.embedding_cache_type is EmbeddingCacheType.STATIC:
-        policy = Policy.STATIC
-        n_sets = _static_sets(specs, rows)
+    static = params.embedding_cache_type is EmbeddingCacheType.STATIC
+    if static:
+        n_sets = _sets_of_static(params, layouts, rows)
+    elif params.gpu_cache_bytes is None:
+        n_sets = _sets_by_share(params, rows)
     else:
-        policy = Policy(params.gpu_cache_policy.value)
-        n_sets = _dynamic_sets(params, specs, rows)
-    for spec, n in zip(specs, n_sets, strict=True):
-        if n > MAX_SETS:
-            raise ConfigError(
-                f"table {spec.tag}: a GPU cache of {n * WAYS:,} rows is more than the "
-                f"{MAX_SETS * WAYS:,} that a table can have; lower gpucacheper"
-            )
+        n_sets = _sets_by_bytes(params, layouts, rows)
+    policy = Policy.STATIC if static else Policy(params.gpu_cache_policy.value)
     positions: dict[RowLayout, list[int]] = {}
     for i, layout in enumerate(layouts):
         positions.setdefault(layout, []).append(i)
@@ -150,14 +148,116 @@ def sets_for_all(n_rows: int) -> int:
 def _more_than_ways(mean: float) -> float:
     """Return how likely a Poisson distributed number is above 28; exact in float64."""
     if mean >= WAYS:
-        return 1.0  # it is above 0.4 there, which is as good to know
-    term = math.exp(math.lgamma(WAYS + 2) * -1 + (WAYS + 1) * math.log(mean) - mean)
+        return 1.0  # above 0.4 at least, which is too much anyway
+    term = math.exp((WAYS + 1) * math.log(mean) - mean - math.lgamma(WAYS + 2))
     total, k = 0.0, WAYS + 1
     while term > total * 1e-17:
         total += term
         k += 1
         term *= mean / k
     return total
+
+
+def _sets_of_static(
+    params: InferenceParams, layouts: Sequence[RowLayout], rows: Sequence[int]
+) -> list[int]:
+    """Return sets with a place for every row."""
+    for spec, n_rows in zip(params.tables(), rows, strict=True):
+        if not n_rows:
+            raise ConfigError(
+                f"table {spec.tag}: a static cache holds the rows of the table's "
+                f"model directory, and there are none; use embedding_cache_type dynamic"
+            )
+    n_sets = _checked(params, [sets_for_all(n) for n in rows])
+    _check_budget(params, layouts, n_sets, "with a place for every row")
+    return n_sets
+
+
+def _sets_by_share(params: InferenceParams, rows: Sequence[int]) -> list[int]:
+    """Return sets for the configured share of the rows.
+
+    Without rows to take a share of, a table gets room for the keys of one lookup.
+    """
+    share = params.cache_size_percentage
+    n_sets = []
+    for spec, n_rows in zip(params.tables(), rows, strict=True):
+        if share == 1 and n_rows:
+            n_sets.append(sets_for_all(n_rows))
+        else:
+            n_sets.append(_sets_for(round(share * n_rows) if n_rows else spec.max_keys))
+    return _checked(params, n_sets)
+
+
+def _sets_by_bytes(
+    params: InferenceParams, layouts: Sequence[RowLayout], rows: Sequence[int]
+) -> list[int]:
+    """Return the most sets that fit the budget, the same share of what all rows take.
+
+    No table gets more than all its rows take. One without files counts as many bytes as
+    the average of the others, has no such limit, and takes what they leave.
+    """
+    budget = params.gpu_cache_bytes
+    assert budget is not None
+    _check_budget(params, layouts, [1] * len(layouts), "with a set for every table")
+    most = [min(sets_for_all(n), MAX_SETS) if n else MAX_SETS for n in rows]
+    weights = _weights(params, layouts, rows)
+    largest = max(weights)
+
+    def sets(step: int) -> list[int]:
+        return [
+            max(1, min(limit, step * weight // largest))
+            for limit, weight in zip(most, weights, strict=True)
+        ]
+
+    fits, too_many = 0, budget // (SET_BYTES + WAYS * KEY_BYTES) * largest
+    while too_many - fits > 1:
+        step = (fits + too_many) // 2
+        if _total_bytes(layouts, sets(step)) <= budget:
+            fits = step
+        else:
+            too_many = step
+    return sets(fits)
+
+
+def _weights(
+    params: InferenceParams, layouts: Sequence[RowLayout], rows: Sequence[int]
+) -> list[int]:
+    """Return sets in proportion to which tables share a budget."""
+    set_bytes = [SET_BYTES + WAYS * (KEY_BYTES + row.stride_bytes) for row in layouts]
+    whole = [sets_for_all(n) if n else 0 for n in rows]
+    known = [n * size for n, size in zip(whole, set_bytes, strict=True) if n]
+    if not known:
+        return [_sets_for(spec.max_keys) for spec in params.tables()]
+    average = sum(known) // len(known)
+    return [n or max(1, average // s) for n, s in zip(whole, set_bytes, strict=True)]
+
+
+def _sets_for(n_rows: int) -> int:
+    """Return sets with as many ways as there are rows."""
+    return max(1, -(-n_rows // WAYS))
+
+
+def _checked(params: InferenceParams, n_sets: list[int]) -> list[int]:
+    """Return the sets if the kernels can work with them."""
+    for spec, n in zip(params.tables(), n_sets, strict=True):
+        if n > MAX_SETS:
+            raise ConfigError(
+                f"table {spec.tag}: a GPU cache of {n * WAYS:,} rows is more than the "
+                f"{MAX_SETS * WAYS:,} that a table can have; use a dynamic cache and a "
+                f"smaller gpucacheper"
+            )
+    return n_sets
+
+
+def _check_budget(
+    params: InferenceParams, layouts: Sequence[RowLayout], n_sets: list[int], what: str
+) -> None:
+    budget, least = params.gpu_cache_bytes, _total_bytes(layouts, n_sets)
+    if budget is not None and budget < least:
+        raise ConfigError(
+            f"model {params.model_name!r}: gpu_cache_bytes is {budget:,}, but a GPU "
+            f"cache {what} takes at least {least:,}"
+        )
 
 
 def _row_layout(spec: TableSpec) -> RowLayout:
@@ -169,41 +269,12 @@ def _row_layout(spec: TableSpec) -> RowLayout:
     return RowLayout(spec.dim, spec.dtype.value)
 
 
-def _static_sets(specs: Sequence[TableSpec], rows: Sequence[int]) -> list[int]:
-    """Return sets with a place for every row."""
-    for spec, n_rows in zip(specs, rows, strict=True):
-        if not n_rows:
-            raise ConfigError(
-                f"table {spec.tag}: a static cache holds the rows of the table's "
-                f"model directory, and there are none; use embedding_cache_type dynamic"
-            )
-    return [sets_for_all(n) for n in rows]
-
-
-def _dynamic_sets(
-    params: InferenceParams, specs: Sequence[TableSpec], rows: Sequence[int]
-) -> list[int]:
-    """Return sets for the configured share of the rows.
-
-    Without rows to take a share of, a table gets room for the keys of one lookup.
-    """
-    share = params.cache_size_percentage
-    n_sets = []
-    for spec, n_rows in zip(specs, rows, strict=True):
-        if share == 1 and n_rows:
-            n_sets.append(sets_for_all(n_rows))
-        else:
-            n_sets.append(_sets_for(round(share * n_rows) if n_rows else spec.max_keys))
-    return n_sets
-
-
-def _sets_for(n_rows: int) -> int:
-    """Return sets with as many ways as there are rows."""
-    return max(1, -(-n_rows // WAYS))
-
-
 def _table(n_sets: int) -> TableLayout:
     return TableLayout.for_rows(n_sets * WAYS)
+
+
+def _total_bytes(layouts: Sequence[RowLayout], n_sets: Sequence[int]) -> int:
+    return sum(map(_bytes, layouts, n_sets))
 
 
 def _bytes(rows: RowLayout, n_sets: int) -> int:

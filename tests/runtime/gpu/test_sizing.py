@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hps_numba.config import InferenceParams
 from hps_numba.errors import ConfigError
-from hps_numba.kernels.cuda.layout import WAYS, CacheLayout, Policy
+from hps_numba.kernels.cuda.layout import WAYS, CacheLayout, Policy, TableLayout
 from hps_numba.kernels.host.compiling import njit
 from hps_numba.kernels.host.hashing import hash_key
-from hps_numba.runtime.gpu.sizing import plan_cache, sets_for_all
+from hps_numba.runtime.gpu.sizing import CachePlan, plan_cache, sets_for_all
 
 
 def model(*dims: int, **changes: Any) -> InferenceParams:
@@ -79,6 +81,13 @@ def test_a_share_of_the_rows_is_rounded_up_to_whole_sets(
     assert plan.groups[0].policy is Policy.LRU
 
 
+def test_the_policy_of_a_dynamic_cache_is_configured() -> None:
+    lfu = model(8, gpu_cache_policy="lfu")
+    assert plan_cache(lfu, [100]).groups[0].policy is Policy.LFU
+    static = lfu.replace(embedding_cache_type="static")
+    assert plan_cache(static, [100]).groups[0].policy is Policy.STATIC
+
+
 def test_a_table_without_files_has_room_for_one_lookup() -> None:
     plan = plan_cache(model(8, 8), [0, 10_000])
     assert plan.n_slots("hps_et.m.t0") == 8 * WAYS  # 100 samples of 2 keys
@@ -116,6 +125,112 @@ def test_all_rows_of_a_whole_table_have_a_place(kind: str) -> None:
 def test_a_static_cache_ignores_the_share() -> None:
     whole = model(4, embedding_cache_type="static", cache_size_percentage=0.1)
     assert plan_cache(whole, [5000]).n_slots("hps_et.m.t0") == WAYS * sets_for_all(5000)
+
+
+TABLES = st.lists(
+    st.tuples(
+        st.sampled_from([1, 7, 16, 128]),
+        st.sampled_from(["float32", "float16"]),
+        st.sampled_from([0, 0, 1, 29, 1000, 50_000, 10**6]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def slots(tables: list[tuple[int, str, int]], budget: int) -> list[int]:
+    """Return what a budget gives each table, after holding the plan to it."""
+    plan = budgeted(tables, budget)
+    assert plan.n_bytes <= budget
+    return [plan.n_slots(f"hps_et.m.t{i}") for i in range(len(tables))]
+
+
+def budgeted(tables: list[tuple[int, str, int]], budget: int) -> CachePlan:
+    dims, dtypes, rows = zip(*tables, strict=True)
+    params = model(*dims, row_dtype_per_table=dtypes, gpu_cache_bytes=budget)
+    return plan_cache(params, rows)
+
+
+def least_bytes(tables: list[tuple[int, str, int]]) -> int:
+    """Return the least budget, as the refusal of a smaller one tells it."""
+    with pytest.raises(ConfigError, match="model 'm': gpu_cache_bytes is 1") as caught:
+        budgeted(tables, 1)
+    return int(str(caught.value).rsplit(" ", 1)[1].replace(",", ""))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(tables=TABLES, above=st.integers(0, 1 << 28), more=st.integers(0, 1 << 22))
+def test_a_budget_is_kept_and_a_larger_one_takes_no_slot_away(
+    tables: list[tuple[int, str, int]], above: int, more: int
+) -> None:
+    least = least_bytes(tables)
+    assert slots(tables, least) >= [WAYS] * len(tables)
+    with pytest.raises(ConfigError, match="with a set for every table"):
+        budgeted(tables, least - 1)
+    few, many = slots(tables, least + above), slots(tables, least + above + more)
+    for (_, _, rows), before, after in zip(tables, few, many, strict=True):
+        assert WAYS <= before <= after
+        assert not rows or after <= sets_for_all(rows) * WAYS
+
+
+def test_a_budget_gives_all_tables_the_same_share_of_their_rows() -> None:
+    tables = [(16, "float32", 10**6), (128, "float16", 10**5), (1, "float32", 10**6)]
+    got = slots(tables, 1 << 26)
+    whole = [sets_for_all(rows) * WAYS for _, _, rows in tables]
+    assert got[0] == got[2]
+    assert [n * 1000 // all_ for n, all_ in zip(got, whole, strict=True)] == [152] * 3
+
+
+def test_a_set_more_for_every_table_is_beyond_the_budget() -> None:
+    tables = [(16, "float32", 10**6), (128, "float16", 10**5)]
+    for budget in (10**6, 20_000_000, 99_999_999):
+        plan = budgeted(tables, budget)
+        larger = [
+            CacheLayout(layout.rows, (TableLayout.for_rows(table.n_slots + 1),))
+            for layout in (group.layout for group in plan.groups)
+            for table in layout.tables
+        ]
+        assert plan.n_bytes <= budget < sum(layout.n_bytes for layout in larger)
+
+
+def test_what_every_row_needs_is_all_that_a_budget_is_used_for() -> None:
+    tables = [(16, "float32", 10**4), (128, "float16", 500)]
+    whole = [sets_for_all(10**4) * WAYS, sets_for_all(500) * WAYS]
+    assert slots(tables, 1 << 40) == whole
+    taken = budgeted(tables, 1 << 40).n_bytes
+    assert slots(tables, taken) == whole
+    assert slots(tables, taken - 1) < whole
+
+
+def test_a_table_without_files_gets_as_much_as_the_average_then_what_is_left() -> None:
+    tables = [(16, "float32", 10**5), (16, "float32", 0)]
+    first, second = slots(tables, 1 << 22)
+    assert first == second
+    first, second = slots(tables, 1 << 28)
+    assert first == sets_for_all(10**5) * WAYS < second
+    assert budgeted(tables, 1 << 28).n_bytes > (1 << 28) - 2 * WAYS * 72 - 256
+
+
+def test_tables_without_files_share_a_budget_by_the_keys_of_their_lookups() -> None:
+    params = model(
+        16,
+        16,
+        maxnum_catfeature_query_per_table_per_sample=[10, 30],
+        gpu_cache_bytes=1 << 26,
+    )
+    plan = plan_cache(params, [0, 0])
+    few, many = plan.n_slots("hps_et.m.t0"), plan.n_slots("hps_et.m.t1")
+    assert 2.9 < many / few < 3.1
+    assert plan.n_rows("hps_et.m.t1") == many > 600_000
+
+
+def test_a_static_cache_that_its_budget_cannot_hold_is_refused() -> None:
+    whole = model(16, 16, embedding_cache_type="static")
+    needed = plan_cache(whole, [5000, 70]).n_bytes
+    fits = plan_cache(whole.replace(gpu_cache_bytes=needed), [5000, 70])
+    assert fits.n_bytes == needed
+    with pytest.raises(ConfigError, match=f"every row takes at least {needed:,}$"):
+        plan_cache(whole.replace(gpu_cache_bytes=needed - 1), [5000, 70])
 
 
 def exact_tail(mean: Fraction) -> float:
