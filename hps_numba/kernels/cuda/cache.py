@@ -8,7 +8,6 @@ from typing import Any
 
 from hps_numba.kernels.cuda import dump, evict, insert, pooled, query, scatter, update
 from hps_numba.kernels.cuda.compiling import KernelSpec
-from hps_numba.kernels.cuda.evict import HOLD
 from hps_numba.kernels.cuda.insert import ADMIT, FREE_ONLY
 from hps_numba.kernels.cuda.layout import (
     TABLE_BYTES,
@@ -233,7 +232,8 @@ class Cache:
         """Replace the rows of keys that are there; see :meth:`insert`.
 
         Rows that were read before ``epoch`` are refused from now on, also those of keys
-        that are not there. ``outcomes`` says which keys were BUSY: they are to be
+        that are not there. So ``epoch`` becomes the table's only when the rows are in
+        place below the cache. ``outcomes`` says which keys were BUSY: they are to be
         updated again.
         """
         self._check_table(table)
@@ -253,36 +253,9 @@ class Cache:
         stream: Any = None,
     ) -> None:
         """Remove keys; rows of before ``epoch`` are refused; see :meth:`update`."""
-        self._evict(
-            table, n, keys, epoch, remove=True, outcomes=outcomes, stream=stream
-        )
-
-    def hold(
-        self, table: int, n: int, *, keys: int, outcomes: int, stream: Any = None
-    ) -> None:
-        """Refuse inserts of keys until they are updated or evicted.
-
-        Keys share stamps, so nothing else of the table may be updated or evicted before
-        these are.
-        """
-        self._evict(
-            table, n, keys, HOLD, remove=False, outcomes=outcomes, stream=stream
-        )
-
-    def _evict(
-        self,
-        table: int,
-        n: int,
-        keys: int,
-        epoch: int,
-        *,
-        remove: bool,
-        outcomes: int,
-        stream: Any,
-    ) -> None:
         self._check_table(table)
         spec = evict.evict_kernel()
-        args = (self.base, table, keys, n, epoch, int(remove), outcomes)
+        args = (self.base, table, keys, n, epoch, outcomes)
         self._launcher.launch(spec, warps(spec, n), args, stream)
 
     def clear(self, table: int, *, epoch: int, busy: int, stream: Any = None) -> None:

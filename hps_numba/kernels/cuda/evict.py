@@ -1,4 +1,4 @@
-"""Evict: keys of a list, or all; and hold keys while they change below the cache."""
+"""Evict: keys of a list, or all of a table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from hps_numba.kernels.cuda.update import stamp_key
 
 u32, u64 = np.uint32, np.uint64
 
-HOLD = (1 << 64) - 1  # an epoch later than all: no insert until the next update
 BLOCK = 256
 
 _EVICTED, _ABSENT, _BUSY = (
@@ -51,20 +50,15 @@ def evict_kernel() -> KernelSpec:
 
     Launch   a warp per key, 256 threads, no shared memory
     Reads    keys int64 (n,), unique
-    Writes   digests of keys that are there, if ``remove`` is not 0; the stamps of all;
-             outcomes uint8 (n,), or nothing if that address is 0: EVICTED, ABSENT (or
-             not to be removed), or BUSY, to be tried again
+    Writes   digests of keys that are there, the stamps of all; outcomes uint8 (n,), or
+             nothing if that address is 0: EVICTED, ABSENT, or BUSY, to be tried again
     Races    safe beside queries, inserts and dumps; updates and evictions of one table
              come one after the other
     Cost     a key reads 64 bytes of metadata and 32 of keys; two atomic operations
     Oracle   tests/kernels/cuda/oracle.py: OracleTable.evict
-
-    With ``remove`` 0 and the epoch HOLD the keys are *held*: what the cache has is
-    served on, and no insert passes until an update or an eviction sets another epoch.
-    Keys share stamps, so between a hold and its update no other batch may stamp.
     """
 
-    def evict(tables, n_table, keys, n, epoch, remove, outcomes):
+    def evict(tables, n_table, keys, n, epoch, outcomes):
         lane = u32(cuda.laneid)
         thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
         i = thread >> u64(5)
@@ -81,7 +75,7 @@ def evict_kernel() -> KernelSpec:
             if lane == u32(0):
                 stamp_key(table, hashed, epoch)
             way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
-            if way < u32(WAYS) and remove != u32(0):
+            if way < u32(WAYS):
                 outcome = _EVICTED
                 if lane == u32(0):
                     store_u8(meta + u64(DIGESTS) + u64(way), u32(0))
@@ -93,7 +87,7 @@ def evict_kernel() -> KernelSpec:
             if outcomes != u64(0):
                 store_u8(outcomes + i, outcome)
 
-    return KernelSpec("evict", evict, "UuUUUuU", block=BLOCK)
+    return KernelSpec("evict", evict, "UuUUUU", block=BLOCK)
 
 
 @cache

@@ -40,7 +40,7 @@ def stamp_key(table, hashed, epoch):
     """Note when a key was last updated, in a set that is held.
 
     Whoever updates a table does so one batch after the other, so stamps need no
-    maximum: the last one holds, also after a hold, which is the largest number.
+    maximum: the last one counts.
     """
     stamp = stamp_of(hashed, load_const_u64(table + u64(STAMP_MASK)))
     store_u64(load_const_u64(table + u64(STAMPS)) + stamp * u64(8), epoch)

@@ -341,15 +341,6 @@ class CheckedCache:
         expected = [one.evict(key, epoch=epoch) for key in keys.tolist()]
         return self._compare(table, keys, outcomes, expected)
 
-    def hold(self, keys: Array, *, table: int = 0) -> list[Outcome]:
-        outcomes = self.cpu.hold(keys, table=table)
-        self.count("evict", len(keys))
-        one = self.oracle.tables[table]
-        expected = [
-            one.evict(key, epoch=model.LATEST, remove=False) for key in keys.tolist()
-        ]
-        return self._compare(table, keys, outcomes, expected)
-
     def _compare(
         self, n_table: int, keys: Array, outcomes: Array, expected: list[Outcome]
     ) -> list[Outcome]:

@@ -52,9 +52,6 @@ RACES: dict[str, Callable[..., Any]] = {
     "old backfills and an update": lambda seed, **schedule: backfill_race(
         seed, "update", **schedule
     ),
-    "old backfills and an update of held keys": lambda seed, **schedule: backfill_race(
-        seed, "held update", **schedule
-    ),
     "old backfills and an eviction": lambda seed, **schedule: backfill_race(
         seed, "evict", **schedule
     ),

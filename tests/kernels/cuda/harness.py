@@ -268,17 +268,6 @@ class CpuCache:
         )
         return outcomes[: len(keys)]
 
-    def hold(self, keys: Array, *, table: int = 0, stream: Any = None) -> Array:
-        outcomes = self.memory.array(max(1, len(keys)), np.uint8, fill=0xEE)
-        self.cache.hold(
-            table,
-            len(keys),
-            keys=self.put(keys.astype(np.int64))[1],
-            outcomes=self.memory.address(outcomes),
-            stream=stream,
-        )
-        return outcomes[: len(keys)]
-
     def clear(self, *, table: int = 0, epoch: int = 1, stream: Any = None) -> Array:
         n_sets = self.layout.tables[table].n_sets
         busy = self.memory.array(n_sets, np.uint8, fill=0xEE)

@@ -51,7 +51,7 @@ def readers_beside_updates_that_are_held_up() -> None:
 
 
 def backfills() -> None:
-    for writer in ("update", "held update", "evict", "clear"):
+    for writer in ("update", "evict", "clear"):
         _in_all(20, backfill_race, writer=writer)
 
 

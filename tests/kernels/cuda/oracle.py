@@ -34,7 +34,6 @@ from tests.kernels.cuda.hashes import (
 Array = npt.NDArray[Any]
 
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-LATEST = 2**64 - 1  # the epoch of keys that are held
 _WORD = 2**64 - 1
 
 
@@ -223,10 +222,10 @@ class OracleTable:
         self.totals["updated"] += 1
         return Outcome.REPLACED
 
-    def evict(self, key: int, *, epoch: int, remove: bool = True) -> Outcome:
+    def evict(self, key: int, *, epoch: int) -> Outcome:
         self.stamps[stamp_of(key, len(self.stamps))] = epoch
         place = self.find(key)
-        if place is None or not remove:
+        if place is None:
             return Outcome.ABSENT
         one = self.sets[place[0]]
         one.digests[place[1]] = 0

@@ -223,19 +223,12 @@ _STAMPS = [
         "shared_stamps",
     ),
     Mutant(
-        "a hold stamps nothing",
-        "evict",
-        "                stamp_key(table, hashed, epoch)",
-        "                if remove != u32(0):\n"
-        "                    stamp_key(table, hashed, epoch)",
-        "backfills",
-    ),
-    Mutant(
         "an eviction stamps nothing",
         "evict",
-        "                stamp_key(table, hashed, epoch)",
-        "                if remove == u32(0):\n"
-        "                    stamp_key(table, hashed, epoch)",
+        """            if lane == u32(0):
+                stamp_key(table, hashed, epoch)
+""",
+        "",
         "backfills",
     ),
     Mutant(

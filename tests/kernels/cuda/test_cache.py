@@ -60,7 +60,6 @@ def test_all_that_is_launched_can_be_compiled_ahead(out: str, policy: Policy) ->
     cache.insert(0, 10, **rows)
     cache.update(0, 10, **rows, outcomes=OUT)
     cache.evict(0, 10, keys=KEYS, epoch=1, outcomes=OUT)
-    cache.hold(0, 10, keys=KEYS, outcomes=OUT)
     cache.clear(0, epoch=1, busy=OUT)
     cache.dump(0, 0, 10, keys=KEYS, counts=OUT)
     if out == "float32":
@@ -122,7 +121,7 @@ def test_more_tables_than_there_are_are_refused() -> None:
         with pytest.raises(ValueError, match=f"table {table} is none"):
             cache.update(table, 1, keys=KEYS, values=VALUES, epoch=0, outcomes=OUT)
         with pytest.raises(ValueError, match=f"table {table} is none"):
-            cache.hold(table, 1, keys=KEYS, outcomes=OUT)
+            cache.evict(table, 1, keys=KEYS, epoch=0, outcomes=OUT)
         with pytest.raises(ValueError, match=f"table {table} is none"):
             cache.clear(table, epoch=0, busy=OUT)
         with pytest.raises(ValueError, match=f"table {table} is none"):

@@ -89,10 +89,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.epoch += 1
         self.cache.evict(np.array([key]), table=table, epoch=self.epoch)
 
-    @rule(table=TABLE, key=KEYS)
-    def hold(self, table: int, key: int) -> None:
-        self.cache.hold(np.array([key]), table=table)
-
     @rule(table=TABLE, chance=st.integers(0, 9))
     def clear(self, table: int, chance: int) -> None:
         if chance == 0:

@@ -65,20 +65,9 @@ def test_an_evicted_key_is_refused_from_before() -> None:
     assert cache.insert(np.array([4]), row, epoch=3) == [Outcome.INSERTED]
 
 
-def test_held_keys_stay_where_they_are() -> None:
-    cache = _filled()
-    assert cache.hold(np.arange(50)) == [Outcome.ABSENT] * 50
-    assert cache.cpu.total("size") == 100
-    # An eviction sets another epoch, as an update does.
-    cache.evict(np.arange(50), epoch=5)
-    row = rows_for(cache, 1, seed=1)
-    assert cache.insert(np.array([4]), row, epoch=5) == [Outcome.INSERTED]
-
-
 def test_nobody_need_ask_for_outcomes() -> None:
     cpu = _filled().cpu
     cpu.cache.evict(0, 2, keys=cpu.put(np.array([4, 5]))[1], epoch=1, outcomes=0)
-    cpu.cache.hold(0, 1, keys=cpu.put(np.array([6]))[1], outcomes=0)
     cpu.cache.clear(0, epoch=0, busy=0)
     assert cpu.total("size") == 0
 
@@ -88,7 +77,6 @@ def test_a_set_that_stays_odd_keeps_its_keys() -> None:
     key = cache.oracle.tables[0].sets[0].keys[0]
     cache.cpu.meta()[0, :4].view(np.uint32)[0] = 3
     assert cache.cpu.evict(np.array([key])).tolist() == [Outcome.BUSY]
-    assert cache.cpu.hold(np.array([key])).tolist() == [Outcome.BUSY]
     assert key in cache.cpu.contents()
     assert not cache.cpu.part("stamps", 0, 64 * 8).any()
 

@@ -265,18 +265,6 @@ def test_a_cleared_table_refuses_rows_from_before() -> None:
     assert cache.insert(np.array([5]), row, epoch=9) == [Outcome.INSERTED]
 
 
-def test_a_held_key_is_served_but_not_inserted_until_its_update() -> None:
-    cache = _full(Policy.LRU)
-    keys, row = np.array([3, 1000]), rows_for(cache, 2, seed=1)
-    cache.hold(keys)
-    assert cache.insert(keys, row, epoch=2**64 - 2) == [Outcome.STALE] * 2
-    assert cache.query(keys)[0].results() == [1, 1, 1, 0]
-    cache.update(keys, row, epoch=7)
-    assert cache.insert(keys, row, epoch=6) == [Outcome.STALE] * 2
-    outcomes = cache.insert(keys, row, epoch=7)
-    assert outcomes == [Outcome.REPLACED, Outcome.EVICTED]
-
-
 # -- counts of uses -------------------------------------------------------------------
 
 

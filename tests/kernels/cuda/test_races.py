@@ -61,14 +61,6 @@ def test_backfills_of_rows_from_before_a_change_do_not_stay(
 
 
 @in_both_memories
-def test_no_backfill_passes_a_held_key(memory: str) -> None:
-    for schedule in MEMORIES[memory]:
-        for seed in range(50):
-            outcomes = backfill_race(seed, "held update", **schedule)
-            assert set(outcomes) == {Outcome.STALE}
-
-
-@in_both_memories
 def test_lanes_of_an_insert_agree_on_a_stamp_that_others_move(memory: str) -> None:
     for schedule in MEMORIES[memory]:
         for seed in range(30):

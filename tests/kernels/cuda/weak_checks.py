@@ -45,7 +45,7 @@ def updates() -> None:
 
 
 def backfills() -> None:
-    for writer in ("update", "held update", "evict", "clear"):
+    for writer in ("update", "evict", "clear"):
         _over_seeds(12, backfill_race, writer=writer)
 
 
