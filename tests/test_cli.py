@@ -264,6 +264,22 @@ def test_an_estimate_names_the_bytes_and_stores_nothing(
     assert not (tmp_path / "rocksdb").exists()
 
 
+def test_an_estimate_names_the_bytes_of_each_gpu(config: Path) -> None:
+    content = json.loads(config.read_text())
+    content["models"][0] |= {"gpucache": True, "deployed_device_list": [0, 3]}
+    config.write_text(json.dumps(content))
+    told = json.loads(run("deploy", config, "--estimate", "--json").stdout)
+    parts = [each["gpu_bytes"] for each in told["tables"]]
+    assert told["gpu_bytes"] == {"0": sum(parts), "3": sum(parts)}
+    lines = run("deploy", config, "--estimate").stdout.splitlines()
+    assert lines[0].endswith("bytes a GPU  rows in GPU")
+    assert lines[2].split()[5:] == [f"{parts[1]:,}", "28"]
+    assert lines[4:] == [
+        f"GPU 0: {sum(parts):,} bytes for caches",
+        f"GPU 3: {sum(parts):,} bytes for caches",
+    ]
+
+
 def test_a_refused_file_stops_the_deployment_and_is_named(
     config: Path, tmp_path: Path
 ) -> None:

@@ -42,10 +42,16 @@ def print_summary(summary: FileSummary) -> None:
 
 def print_estimate(expected: Estimate) -> None:
     """Print the bytes that each table will take, and their sums."""
-    header = ("table", "rows", "host bytes", "rows in host", "disk bytes")
+    header = (
+        *("table", "rows", "host bytes", "rows in host", "disk bytes"),
+        *("bytes a GPU", "rows in GPU"),
+    )
     names = [f"{each.model}/{each.table}" for each in expected.tables]
     numbers = [
-        (each.rows, each.host_bytes, each.host_rows, each.disk_bytes)
+        (
+            *(each.rows, each.host_bytes, each.host_rows, each.disk_bytes),
+            *(each.gpu_bytes, each.gpu_rows),
+        )
         for each in expected.tables
     ]
     sums = tuple(sum(column) for column in zip(*numbers, strict=True))
@@ -54,6 +60,8 @@ def print_estimate(expected: Estimate) -> None:
         for name, row in zip([*names, "all"], [*numbers, sums], strict=True)
     ]
     _print_columns(header, lines, right=set(header[1:]))
+    for device, n_bytes in expected.gpu_bytes.items():
+        typer.echo(f"GPU {device}: {n_bytes:,} bytes for caches")
 
 
 def print_deployment(tables: Sequence[DeployedTable]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hps_numba.config import DatabaseType, InferenceParams, ParameterServerConfig
+from hps_numba.runtime.gpu.sizing import CachePlan, plan_cache
 from hps_numba.tiers.host_table import Overflow, bytes_for_rows
 from hps_numba.tiers.model_files import open_model_directory
 from hps_numba.types import TableSpec
@@ -22,6 +24,9 @@ class TableEstimate:
     host_bytes: int  # what it takes, or its share of the budget if that is less
     disk_bytes: int
     host_rows: int  # rows that fit in host_bytes, about
+    gpu_bytes: int  # its part of the model's cache, on each of gpu_devices
+    gpu_rows: int  # rows that the cache can hold, no more than there are
+    gpu_devices: tuple[int, ...]  # none without gpucache
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Estimate:
     host_bytes: int
     disk_bytes: int
     host_budget_bytes: int | None
+    gpu_bytes: dict[int, int]  # of all caches on a device, by device
 
 
 def overflow_of(config: ParameterServerConfig) -> Overflow:
@@ -48,15 +54,22 @@ def overflow_of(config: ParameterServerConfig) -> Overflow:
 def estimate(config: ParameterServerConfig) -> Estimate:
     """Return the bytes that serving ``config`` takes; reads sizes of files only.
 
+    What it says of GPUs is what a machine that has them will need: none is asked.
+
     Raises
     ------
+    ConfigError
+        If a GPU cache cannot be as it is configured.
     ModelFileError
         If a model directory is missing or inconsistent.
     """
     has_disk = config.persistent_db.backend is not DatabaseType.DISABLED
     shares = host_shares(config, config.models, config.volatile_db.max_bytes)
+    needs = _needs(config, config.models)
+    plans = _plans(config, {spec.tag: rows for spec, rows, _ in needs})
     tables = []
-    for spec, rows, need in _needs(config, config.models):
+    for spec, rows, need in needs:
+        plan = plans.get(spec.model)
         share = shares[spec.tag]
         host_bytes = need if share is None else min(need, share)
         tables.append(
@@ -67,6 +80,9 @@ def estimate(config: ParameterServerConfig) -> Estimate:
                 host_bytes=host_bytes,
                 disk_bytes=rows * (spec.row_bytes + _DISK_KEY_BYTES) * has_disk,
                 host_rows=int(rows * host_bytes / need) if need else 0,
+                gpu_bytes=plan.table_bytes(spec.tag) if plan else 0,
+                gpu_rows=plan.n_rows(spec.tag) if plan else 0,
+                gpu_devices=config.model(spec.model).deployed_devices if plan else (),
             )
         )
     return Estimate(
@@ -74,6 +90,7 @@ def estimate(config: ParameterServerConfig) -> Estimate:
         host_bytes=sum(t.host_bytes for t in tables),
         disk_bytes=sum(t.disk_bytes for t in tables),
         host_budget_bytes=config.volatile_db.max_bytes,
+        gpu_bytes=_by_device(tables),
     )
 
 
@@ -112,6 +129,25 @@ def host_shares(
         else int(weights[spec.tag] * scale)
         for spec, _, _ in needs
     }
+
+
+def _plans(
+    config: ParameterServerConfig, rows: Mapping[str, int]
+) -> dict[str, CachePlan]:
+    """Return the GPU cache of each model that has one."""
+    return {
+        params.model_name: plan_cache(params, [rows[s.tag] for s in params.tables()])
+        for params in config.models
+        if params.use_gpu_embedding_cache
+    }
+
+
+def _by_device(tables: Sequence[TableEstimate]) -> dict[int, int]:
+    n_bytes: dict[int, int] = {}
+    for table in tables:
+        for device in table.gpu_devices:
+            n_bytes[device] = n_bytes.get(device, 0) + table.gpu_bytes
+    return dict(sorted(n_bytes.items()))
 
 
 def _needs(

@@ -1,0 +1,86 @@
+"""What a configuration is said to take of a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hps_numba as hps
+from hps_numba.config import InferenceParams, ParameterServerConfig
+from hps_numba.runtime.gpu.sizing import plan_cache
+from hps_numba.tiers.model_files import write_model_directory
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> str:
+    """Return a model directory of 1,000 rows of 4 values."""
+    write_model_directory(tmp_path / "t", range(1000), np.zeros((1000, 4), np.float32))
+    return str(tmp_path / "t")
+
+
+def model(name: str, files: str, **changes: Any) -> InferenceParams:
+    """Return a model of two tables, the second without rows."""
+    empty = Path(files).parent / "empty"
+    write_model_directory(empty, [], np.zeros((0, 4), np.float32))
+    return InferenceParams(
+        name,
+        sparse_model_files=[files, str(empty)],
+        embedding_table_names=["some", "none"],
+        embedding_vecsize_per_table=[4, 4],
+        maxnum_catfeature_query_per_table_per_sample=[1, 1],
+        max_batchsize=100,
+        **changes,
+    )
+
+
+def test_a_table_takes_its_part_of_the_plan_on_every_device(files: str) -> None:
+    models = [
+        model("a", files, deployed_devices=[0, 2], cache_size_percentage=0.5),
+        model("b", files, deployed_devices=[2], gpu_cache_bytes=400_000),
+        model("c", files, use_gpu_embedding_cache=False),
+    ]
+    plans = [plan_cache(params, [1000, 0]) for params in models]
+    told = hps.estimate(ParameterServerConfig(models=models))
+    for i, each in enumerate(told.tables[:4]):
+        plan, tag = plans[i // 2], f"hps_et.{each.model}.{each.table}"
+        assert each.gpu_bytes == plan.table_bytes(tag)
+        assert each.gpu_rows == plan.n_rows(tag)
+    assert told.tables[0].gpu_rows == 504
+    assert told.tables[1].gpu_rows == 112  # the keys of a lookup, in whole sets
+    assert [each.gpu_devices for each in told.tables] == [(0, 2)] * 2 + [(2,)] * 2 + [
+        ()
+    ] * 2
+    assert [(each.gpu_bytes, each.gpu_rows) for each in told.tables[4:]] == [(0, 0)] * 2
+    assert told.gpu_bytes == {
+        0: plans[0].n_bytes,
+        2: plans[0].n_bytes + plans[1].n_bytes,
+    }
+    assert plans[1].n_bytes <= 400_000
+
+
+def test_a_cache_that_cannot_be_is_refused_before_anything_is_opened(
+    files: str, tmp_path: Path
+) -> None:
+    config = ParameterServerConfig(
+        models=[model("a", files, gpu_cache_bytes=1000)],
+        persistent_db={"type": "rocks_db", "path": str(tmp_path / "rocksdb")},
+    )
+    with pytest.raises(hps.ConfigError, match="model 'a': gpu_cache_bytes is 1,000"):
+        hps.HPS(config)
+    assert not (tmp_path / "rocksdb").exists()
+
+
+def test_an_estimate_loads_nothing_of_cuda() -> None:
+    code = (
+        "import sys, hps_numba.runtime.estimate\n"
+        "print([name for name in ('numba.cuda', 'numba_cuda', 'cuda.core',"
+        " 'cuda.bindings', 'hps_numba.kernels.cuda.gpu') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
