@@ -1,0 +1,115 @@
+"""Kernels of the benchmarks' own: rows to look up, a plain gather, random sectors."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from bench.gpu.device import Array
+from hps_numba.kernels.cuda.compiling import KernelSpec
+from hps_numba.kernels.cuda.layout import RowLayout
+from hps_numba.kernels.cuda.ptx import (
+    FULL_WARP,
+    load_const_u64,
+    load_quad,
+    store_u32,
+)
+from hps_numba.kernels.cuda.rows import gather_rows
+
+u32, u64 = np.uint32, np.uint64
+
+BLOCK = 128
+SECTOR_BYTES = 32
+SECTORS_A_THREAD = 8
+# Bits of a 4-byte word that differ between rows, and those that are always set, so that
+# each value is from 1 to 2.
+_BITS = {"float32": (0x007FFFFF, 0x3F800000), "float16": (0x03FF03FF, 0x3C003C00)}
+_ROW_FACTOR, _PLACE_FACTOR, _MIX = 0x9E3779B1, 0x85EBCA77, 0x2C1B3C6D
+
+
+def row_words(rows: RowLayout, numbers: Array) -> Array:
+    """Return the rows of these numbers as uint32 (n, words), as the kernel fills them.
+
+    ``rows`` have a whole number of words, of float32 or float16.
+    """
+    mask, ones = (np.uint32(bits) for bits in _BITS[rows.stored])
+    places = np.arange(rows.row_bytes // 4, dtype=np.uint32) * np.uint32(_PLACE_FACTOR)
+    mixed = (numbers.astype(np.uint32) * np.uint32(_ROW_FACTOR))[:, None] + places
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(_MIX)
+    mixed ^= mixed >> np.uint32(12)
+    words: Array = (mixed & mask) | ones
+    return words
+
+
+@cache
+def fill_kernel(rows: RowLayout) -> KernelSpec:
+    """Return a kernel that writes ``n`` rows without gaps, numbered from ``first``.
+
+    Launch   a thread per 4 bytes
+    Writes   rows as ``row_words``
+    """
+    n_words = rows.row_bytes // 4
+    mask, ones = _BITS[rows.stored]
+
+    def fill(out: Any, first: Any, n: Any) -> None:
+        thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
+        number = thread // u64(n_words)
+        if number < n:
+            place = u32(thread - number * u64(n_words))
+            row = u32(u32(first + number) * u32(_ROW_FACTOR))
+            mixed = u32(row + u32(place * u32(_PLACE_FACTOR)))
+            mixed = u32(mixed ^ u32(mixed >> u32(15)))
+            mixed = u32(mixed * u32(_MIX))
+            mixed = u32(mixed ^ u32(mixed >> u32(12)))
+            word = u32(u32(mixed & u32(mask)) | u32(ones))
+            store_u32(out + thread * u64(4), word)
+
+    return KernelSpec(f"fill_{rows.stored}_{rows.dim}", fill, "UUU", block=BLOCK)
+
+
+@cache
+def gather_kernel(rows: RowLayout) -> KernelSpec:
+    """Return a gather by row number: a query's copy without its search.
+
+    Launch   a thread per number, a warp copies the rows of its 32
+    Reads    numbers uint64 (n,), rows without gaps
+    Writes   out (n, dim)
+    """
+    copy = gather_rows(rows, rows.row_bytes, contiguous=True)
+    out_bytes = rows.out_bytes
+
+    def gather(base: Any, numbers: Any, n: Any, out: Any) -> None:
+        lane = u32(cuda.laneid)
+        position = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
+        number = u32(0)
+        if position < n:
+            number = u32(load_const_u64(numbers + position * u64(8)))
+        wanted = u32(cuda.ballot_sync(FULL_WARP, position < n))
+        if wanted != u32(0):
+            target = out + (position - u64(lane)) * u64(out_bytes)
+            copy(base, number, target, wanted, lane)
+
+    return KernelSpec(f"gather_{rows.name}", gather, "UUUU", block=BLOCK)
+
+
+@cache
+def sectors_kernel() -> KernelSpec:
+    """Return a kernel that reads random sectors and does nothing else.
+
+    Launch   a thread per ``SECTORS_A_THREAD`` sectors, all in flight together
+    Reads    half of each 32-byte sector; ``mask`` is their number less one
+    """
+
+    def sectors(base: Any, mask: Any, seed: Any) -> None:
+        thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
+        for i in range(SECTORS_A_THREAD):
+            mixed = u64(seed + thread * u64(SECTORS_A_THREAD) + u64(i))
+            mixed = u64(mixed * u64(0x9E3779B97F4A7C15))
+            mixed = u64(mixed ^ u64(mixed >> u64(29))) * u64(0xBF58476D1CE4E5B9)
+            load_quad(base + (u64(mixed >> u64(16)) & mask) * u64(SECTOR_BYTES))
+
+    return KernelSpec("sectors", sectors, "UUU", block=BLOCK)

@@ -1,0 +1,153 @@
+"""Timing of what is queued on a device: by its events, interleaved, checked once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.gpu.device import Device, Graph
+from bench.harness import Meter, Plan, Timing, Variant, interleave
+from hps_numba.kernels.cuda.launch import LaunchError
+
+# What other processes do on the CPU does not disturb a device.
+_METER = Meter(sleep=lambda _: None, machine_cpu=lambda: 0.0, own_cpu=lambda: 0.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One way to do the work of a benchmark.
+
+    Parameters
+    ----------
+    name
+        How results call it.
+    call
+        Queues launch i, on inputs and outputs of its own.
+    n_launches
+        How many there are: so many that their bytes exceed the caches.
+    items
+        Keys of one launch.
+    check
+        Looks at what all launches left; fails if it is wrong.
+    outputs
+        Address and bytes of what launches write, to be poisoned before a check.
+    reset
+        Queued before each timing, and not timed.
+    """
+
+    name: str
+    call: Callable[[int], None]
+    n_launches: int
+    items: int
+    check: Callable[[], None]
+    outputs: tuple[tuple[int, int], ...] = ()
+    reset: Callable[[], None] | None = None
+
+    def queue(self) -> None:
+        """Queue all launches."""
+        for i in range(self.n_launches):
+            self.call(i)
+
+
+@dataclass
+class Timed:
+    """What the works took, by name, and what did not run, and why."""
+
+    timings: dict[str, Timing]
+    absent: dict[str, str]
+
+
+def measure(device: Device, works: Sequence[Work], plan: Plan) -> Timed:
+    """Check each work, then time them round-robin; seconds are those of one launch.
+
+    A baseline that fails is left out, with the reason. The first work is not one: its
+    failures are errors.
+    """
+    absent: dict[str, str] = {}
+    graphs: list[Graph] = []
+    try:
+        variants = [_variant(device, works[0], graphs)]
+        for work in works[1:]:
+            with _named(work.name, absent):
+                variants.append(_variant(device, work, graphs))
+        timings = interleave(variants, plan, _METER)
+    finally:
+        device.wait()
+        for graph in graphs:
+            graph.close()
+    return Timed(timings, absent)
+
+
+@contextlib.contextmanager
+def _named(name: str, absent: dict[str, str]) -> Iterator[None]:
+    """Note what fails inside instead of failing."""
+    try:
+        yield
+    # Other libraries raise what they like.
+    except Exception as exc:
+        absent[name] = f"{type(exc).__name__}: {exc}"[:300]
+
+
+def _check(device: Device, work: Work) -> None:
+    for address, n_bytes in work.outputs:
+        device.poison(address, n_bytes)
+    if work.reset is not None:
+        work.reset()
+    work.queue()
+    device.wait()
+    work.check()
+
+
+def _variant(device: Device, work: Work, graphs: list[Graph]) -> Variant:
+    """Return the work as replays of a graph, or as launches if it has none."""
+    _check(device, work)
+    try:
+        graphs.append(device.graph(work.queue))
+        replay = graphs[-1].replay
+    except (LaunchError, RuntimeError):
+        replay = work.queue
+
+    def setup() -> Callable[[], float]:
+        if work.reset is not None:
+            work.reset()
+        device.wait()
+        return lambda: device.seconds(replay) / work.n_launches
+
+    return Variant(work.name, setup, work.items)
+
+
+@dataclass(frozen=True)
+class HostClock:
+    """Times calls with the host's clock, until they return and until they are done."""
+
+    device: Device
+
+    def until_returned(self, work: Callable[[], None]) -> float:
+        """Return the seconds of the call alone."""
+        self.device.wait()
+        start = time.perf_counter()
+        work()
+        elapsed = time.perf_counter() - start
+        self.device.wait()
+        return elapsed
+
+    def until_done(self, work: Callable[[], None]) -> float:
+        """Return the seconds until the device has done it."""
+        self.device.wait()
+        start = time.perf_counter()
+        work()
+        self.device.wait()
+        return time.perf_counter() - start
+
+
+def by_host(
+    works: dict[str, Callable[[], float]], items: int, plan: Plan
+) -> dict[str, Timing]:
+    """Time calls that return their own seconds, round-robin."""
+    variants = [
+        Variant(name, lambda call=call: call, items)  # type: ignore[misc]
+        for name, call in works.items()
+    ]
+    return interleave(variants, plan, _METER)
