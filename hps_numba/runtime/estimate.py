@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hps_numba.config import DatabaseType, InferenceParams, ParameterServerConfig
 from hps_numba.runtime.gpu.sizing import CachePlan, plan_cache
+from hps_numba.runtime.gpu.warming import frequency_file
 from hps_numba.tiers.host_table import Overflow, bytes_for_rows
 from hps_numba.tiers.model_files import open_model_directory
 from hps_numba.types import TableSpec
@@ -59,7 +60,7 @@ def estimate(config: ParameterServerConfig) -> Estimate:
     Raises
     ------
     ConfigError
-        If a GPU cache cannot be as it is configured.
+        If a GPU cache cannot be as it is configured, or not be warmed up.
     ModelFileError
         If a model directory is missing or inconsistent.
     """
@@ -134,12 +135,15 @@ def host_shares(
 def _plans(
     config: ParameterServerConfig, rows: Mapping[str, int]
 ) -> dict[str, CachePlan]:
-    """Return the GPU cache of each model that has one."""
-    return {
-        params.model_name: plan_cache(params, [rows[s.tag] for s in params.tables()])
-        for params in config.models
-        if params.use_gpu_embedding_cache
-    }
+    """Return the GPU cache of each model that has one, if it can be warmed up."""
+    plans = {}
+    for params in config.models:
+        if params.use_gpu_embedding_cache:
+            specs = params.tables()
+            plans[params.model_name] = plan_cache(params, [rows[s.tag] for s in specs])
+            for i in range(len(specs)):
+                frequency_file(params, i)  # refuses what it cannot read
+    return plans
 
 
 def _by_device(tables: Sequence[TableEstimate]) -> dict[int, int]:

@@ -75,6 +75,16 @@ def test_a_cache_that_cannot_be_is_refused_before_anything_is_opened(
     assert not (tmp_path / "rocksdb").exists()
 
 
+def test_a_frequency_file_that_cannot_be_read_is_refused_at_once(files: str) -> None:
+    params = model("a", files, warm_up_keys_per_table=["", f"{files}/key"])
+    text = r"hps_et\.a\.none: warm_up_keys_per_table: .*/t/key: is no whole \.npy file"
+    with pytest.raises(hps.ConfigError, match=text):
+        hps.estimate(ParameterServerConfig(models=[params]))
+    hps.estimate(ParameterServerConfig(models=[params.replace(init_ec=False)]))
+    host = params.replace(use_gpu_embedding_cache=False)
+    hps.estimate(ParameterServerConfig(models=[host]))
+
+
 def test_an_estimate_loads_nothing_of_cuda() -> None:
     code = (
         "import sys, hps_numba.runtime.estimate\n"
