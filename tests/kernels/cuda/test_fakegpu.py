@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -382,63 +380,3 @@ def test_the_stand_in_says_when_it_comes_too_late() -> None:
     with pytest.raises(RuntimeError, match="too late"):
         fakegpu.install()
     assert fakegpu.current() is None
-
-
-TESTS = """
-import pytest
-
-pytestmark = pytest.mark.device
-
-
-def test_that_passes():
-    pass
-
-
-def test_that_fails():
-    assert 6 * 7 == 41, "planted"
-
-
-@pytest.fixture
-def broken():
-    raise OSError("planted fixture")
-
-
-def test_whose_fixture_fails(broken):
-    pass
-
-
-def test_that_kills_its_process():
-    import os
-
-    os._exit(3)
-
-
-def test_behind_the_killer():
-    pass
-"""
-
-
-def test_what_the_child_says_is_reported_as_the_tests_own(tmp_path: Path) -> None:
-    if shim.real_driver():
-        pytest.skip("tests run in this process where there is a driver")
-    (tmp_path / "test_planted.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = device: planted\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider"),
-            *("-p", "tests.support.fakegpu.plugin", "test_planted.py"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
-    out = done.stdout
-    assert done.returncode == 1, out + done.stderr
-    assert "PASSED" in out
-    assert "3 failed, 1 passed, 1 error" in out, out
-    assert "AssertionError: planted" in out
-    assert "planted fixture" in out
-    # Of the killer and of the one behind it, above and in the summary.
-    assert out.count("the child ended with 3") == 4

@@ -24,7 +24,9 @@ Reports = dict[str, list[dict[str, Any]]]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> bool | None:
     """Report what the child said of a test that needs a device."""
     if not _needs_child(item):
         return None
@@ -32,6 +34,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # The test before this one may have left its file's fixtures to this one's care.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

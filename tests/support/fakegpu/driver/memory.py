@@ -31,8 +31,13 @@ from tests.support.fakegpu.driver.state import (
 )
 from tests.support.fakegpu.shim import DriverError, implements
 
+# By address, on which device an allocation is, as far as pointers are asked.
+_ordinals: dict[int, int] = {}
 
-def _allocating(result: int, n_bytes: int, *, pinned: bool = False) -> None:
+
+def _allocating(
+    result: int, n_bytes: int, *, pinned: bool = False, ordinal: int | None = None
+) -> None:
     context = current_context()
     with lock:
         captured = any(
@@ -41,7 +46,9 @@ def _allocating(result: int, n_bytes: int, *, pinned: bool = False) -> None:
         )
     if captured:
         raise DriverError(CAPTURE_UNSUPPORTED)
-    put(result, c_ulonglong, device.allocate(n_bytes, pinned=pinned))
+    address = device.allocate(n_bytes, pinned=pinned)
+    _ordinals[address] = context - PRIMARY if ordinal is None else ordinal
+    put(result, c_ulonglong, address)
 
 
 @implements("cuMemAlloc", c_void_p, c_size_t)
@@ -51,7 +58,7 @@ def memory_allocate(result: int, n_bytes: int) -> None:
 
 @implements("cuMemAllocAsync", c_void_p, c_size_t, c_void_p)
 def memory_allocate_on(result: int, n_bytes: int, stream: int | None) -> None:
-    _allocating(result, n_bytes)
+    _allocating(result, n_bytes, ordinal=stream_of(stream).context - PRIMARY)
 
 
 @implements("cuMemAllocFromPoolAsync", c_void_p, c_size_t, c_void_p, c_void_p)
@@ -59,7 +66,8 @@ def memory_allocate_from(
     result: int, n_bytes: int, pool: int | None, stream: int | None
 ) -> None:
     thing = objects.get(pool or 0)
-    _allocating(result, n_bytes, pinned=thing == "host pool")
+    ordinal = stream_of(stream).context - PRIMARY
+    _allocating(result, n_bytes, pinned=thing == "host pool", ordinal=ordinal)
 
 
 @implements("cuMemFree", c_ulonglong)
@@ -140,6 +148,10 @@ def pointer_attribute(result: int, which: int, address: int) -> None:
         put(result, c_ulonglong, address if found and which != 11 else sum(found or ()))
     elif which == 7:
         put(result, c_ulonglong, found[0] if found else 0)
+    elif which == 9:
+        if not found:
+            raise DriverError(INVALID_VALUE)
+        put(result, c_int, _ordinals[found[0]])
     else:
         put(result, c_int, 0)
 
@@ -149,7 +161,7 @@ def pointer_attributes(n: int, which: int, results: int, address: int) -> None:
     for i in range(n):
         kind = c_int.from_address(which + 4 * i).value
         place = c_void_p.from_address(results + 8 * i).value
-        if kind == 2 and not device.find(address):
+        if kind in (2, 9) and not device.find(address):
             put(place, c_uint, 0)
         elif place:
             pointer_attribute(place, kind, address)
