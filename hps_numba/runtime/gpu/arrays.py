@@ -103,8 +103,8 @@ def view(
     if kind not in _by_dlpack:
         try:
             described = getattr(x, "__cuda_array_interface__", None)
-        except RuntimeError as exc:  # torch: a tensor that wants gradients
-            raise ValueError(f"{what}: {exc}") from exc
+        except RuntimeError:  # torch: a tensor that wants gradients
+            described = None
         if described is not None:
             # Without a stream in it, only DLPack tells what has to be waited for.
             if "stream" in described or not hasattr(kind, "__dlpack__"):
@@ -216,12 +216,14 @@ def _over_dlpack(
         )
     if ordinal != gpu.ordinal:
         raise _elsewhere(what, ordinal, gpu)
+    if writable and getattr(x, "requires_grad", False):
+        raise ValueError(f"{what} wants gradients: pass out.detach()")
     from hps_numba.kernels.cuda.interchange import import_dlpack
 
     try:
         found = import_dlpack(x, protocol_stream(stream))
         dtype = found.dtype
-    except (BufferError, NotImplementedError, RuntimeError) as exc:
+    except (BufferError, RuntimeError, TypeError) as exc:
         raise TypeError(f"{what}: {exc}") from exc
     if found.strides is not None and not _contiguous(found.shape, found.strides, 1):
         raise _not_contiguous(what, found.shape, found.strides)
