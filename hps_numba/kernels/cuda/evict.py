@@ -25,7 +25,6 @@ from hps_numba.kernels.cuda.layout import (
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
     add_u64,
-    fence,
     load_const_u64,
     load_u8,
     max_u64,
@@ -113,9 +112,8 @@ def clear_kernel() -> KernelSpec:
         if n_set >= load_const_u64(table + u64(N_SETS)):
             return
         if lane == u32(0):
+            # The release of the set shows it to inserts that take the set afterwards.
             max_u64(table + u64(FLOOR), epoch)
-            # An insert that takes the set after this warp sees the floor.
-            fence()
         meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
         seq = lock_set(meta)
         held = (seq & u32(1)) == u32(0)

@@ -113,6 +113,15 @@ def doorkeeper() -> None:
     assert seen == [Outcome.TURNED_AWAY] * 2 + [Outcome.EVICTED] * 2
 
 
+def last_way() -> None:
+    """The least of a full set is in its last way."""
+    cache = CheckedCache(RowLayout(12), [TableLayout(1)], Policy.LFU)
+    cache.insert(np.arange(WAYS), rows_for(cache, WAYS, seed=0))
+    cache.oracle.tables[0].sets[0].scores = [9] * (WAYS - 1) + [2]
+    cache.restore(0, [0])
+    cache.insert(np.array([100]), rows_for(cache, 1, seed=1))
+
+
 def halving() -> None:
     """More writes to a full set than lie between two halvings."""
     cache = CheckedCache(RowLayout(12), [TableLayout(1)], Policy.LFU)

@@ -250,9 +250,8 @@ _STAMPS = [
         "a clear raises the floor after it has emptied its set",
         "evict",
         """        if lane == u32(0):
+            # The release of the set shows it to inserts that take the set afterwards.
             max_u64(table + u64(FLOOR), epoch)
-            # An insert that takes the set after this warp sees the floor.
-            fence()
         meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
         seq = lock_set(meta)
 """,

@@ -143,7 +143,7 @@ _SCORES = (
         "scores",
         "        if lane < u32(WAYS):\n            score",
         "        if lane < u32(WAYS - 1):\n            score",
-        "operations",
+        "last_way",
     ),
     Mutant(
         "counts of uses are never halved",
@@ -237,7 +237,7 @@ _MISSES = (
         "misses",
         "                store_u32(work + u64(TICKET), u32(0))\n",
         "",
-        "operations",
+        "claims_of_earlier_launches",
     ),
     Mutant(
         "misses of a warp share a place",

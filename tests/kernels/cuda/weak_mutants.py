@@ -2,13 +2,9 @@
 
 A memory as strong as this CPU's hides most of them.
 
-Three orderings of the kernels are in no list:
-
-- The fence between a clear's floor and its lock. The release of the lock orders the two
-  as well, for all who take the lock later.
-- The fences around the tickets by which the tables of a query find the last of them. It
-  is the only one to store, and what it must not overtake are others' loads: a load that
-  returns a value stored later has no model here.
+In no list are the fences around the tickets by which the tables of a query find the
+last of them. That one alone stores, and what it must not overtake are others' loads: a
+load that returns a value stored later has no model here.
 """
 
 from __future__ import annotations
