@@ -44,10 +44,11 @@ def own(default: Any, description: str) -> Any:
     return Field(default, description=description, json_schema_extra={"x-own": True})
 
 
-def idle(default: Any, reason: str) -> Any:
+def idle(default: Any, reason: str, *, alias: str | None = None) -> Any:
     """Declare a key that is accepted and changes nothing."""
     return Field(
         default,
+        alias=alias,
         description=f"No effect: {reason}.",
         json_schema_extra={"x-no-effect": reason},
     )

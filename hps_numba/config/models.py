@@ -101,18 +101,21 @@ class InferenceParams(ConfigModel):
     number_of_worker_buffers_in_pool: SmallCount = Field(
         1,
         alias="num_of_worker_buffer_in_pool",
-        description="Buffers per GPU cache for lookups and insertions.",
+        description="Buffers of a GPU cache: lookups that it works on at the same "
+        "time; more wait.",
     )
-    number_of_refresh_buffers_in_pool: Size = Field(
+    number_of_refresh_buffers_in_pool: Size = idle(
         1,
+        "the tables of a GPU cache are refreshed one after the other",
         alias="num_of_refresher_buffer_in_pool",
-        description="Buffers per GPU cache for refreshing.",
     )
     thread_pool_size: SmallCount = Field(
         16, description="Threads of the remote stage of lookups, for all models."
     )
     cache_refresh_percentage_per_iteration: Share = Field(
-        0.0, description="Share of the GPU cache that one step refreshes; 0 for none."
+        0.0,
+        description="Share of a table's GPU cache that one step of a refresh reads "
+        "again; 0 for no refreshes.",
     )
     deployed_devices: tuple[Size, ...] = Field(
         (0,),

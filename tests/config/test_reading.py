@@ -419,12 +419,17 @@ def test_a_cache_type_that_is_served_as_dynamic_gets_one_line(
     [
         ("fp8_quant", True, "rows are stored as row_dtype_per_table says"),
         ("enable_pagelock", True, "cached rows are in device memory"),
+        (
+            "num_of_refresher_buffer_in_pool",
+            2,
+            "the tables of a GPU cache are refreshed one after the other",
+        ),
         ("use_context_stream", False, "a lookup runs on the stream that it is given"),
     ],
 )
 def test_what_the_gpu_cache_does_not_do_is_told(
     key: str,
-    value: bool,
+    value: Any,
     reason: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
