@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hps_numba.kernels.cuda.launch import checked
 _DEVICE_ORDINAL = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _RELEASE_THRESHOLD = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+_CAPTURE_ELSEWHERE = driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
 _WITHOUT_LIMIT = 2**64 - 1
 
 
@@ -63,6 +65,8 @@ class StreamMemory:
     def __init__(self, gpu: Gpu) -> None:
         self._launcher = gpu.launcher
         self._ordinal = gpu.ordinal
+        # Addresses and their streams, given back but not yet to the driver.
+        self._parked: deque[tuple[int, int]] = deque()
         properties = driver.CUmemPoolProps()
         properties.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -76,7 +80,15 @@ class StreamMemory:
         weakref.finalize(self, driver.cuMemPoolDestroy, self._pool).atexit = False
 
     def take(self, n_bytes: int, stream: int) -> int:
-        """Return the address of memory for what a stream is given from now on."""
+        """Return the address of memory for what a stream is given from now on.
+
+        Raises
+        ------
+        OutOfDeviceMemoryError
+            If the device has too little left.
+        """
+        for _ in range(len(self._parked)):
+            self._give_one_back()
         status, address = self._launcher.on(
             *(stream, driver.cuMemAllocFromPoolAsync, max(1, n_bytes)),
             *(self._pool, stream),
@@ -90,12 +102,28 @@ class StreamMemory:
 
     def give_back(self, address: int, stream: int) -> None:
         """Give memory back once a stream has done what it was given."""
-        (status,) = self._launcher.on(stream, driver.cuMemFreeAsync, address, stream)
-        if status:
-            # The stream is gone: nobody can tell any more what it still had to do.
+        self._parked.append((address, stream))
+        self._give_one_back()
+
+    def _give_one_back(self) -> None:
+        """Give back what waits the longest, unless its stream is being captured.
+
+        A graph would take in that it is given back, and do so each time it is run.
+        """
+        try:
+            address, stream = self._parked.popleft()
+        except IndexError:
+            return  # Another thread was faster.
+        on = self._launcher.on
+        status, capture = on(stream, driver.cuStreamIsCapturing, stream)
+        if status == _CAPTURE_ELSEWHERE or (not status and int(capture)):
+            self._parked.append((address, stream))
+        elif on(stream, driver.cuMemFreeAsync, address, stream)[0]:
+            # The stream is gone: nobody can tell any more what it still had to do. A
+            # device that has failed refuses this too, and has nothing left to give.
             with self._launcher.current():
-                checked(driver.cuCtxSynchronize(), "device")
-                checked(driver.cuMemFree(address), "memory")
+                driver.cuCtxSynchronize()
+                driver.cuMemFree(address)
 
 
 _memory: weakref.WeakKeyDictionary[Gpu, StreamMemory] = weakref.WeakKeyDictionary()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 from cuda.core.utils import StridedMemoryView
 
 from hps_numba.errors import DeviceError
 from hps_numba.kernels.cuda.cubins import CubinCache
 from hps_numba.kernels.cuda.gpu import Gpu, OutOfDeviceMemoryError, PinnedBlock
+from hps_numba.kernels.cuda.launch import checked
 from hps_numba.runtime.gpu.arrays import is_on_device
 from hps_numba.runtime.gpu.device_array import DeviceArray
 from hps_numba.runtime.gpu.errors import device_errors
@@ -20,6 +24,7 @@ from tests.runtime.gpu.foreign import uploaded
 from tests.support import fakegpu
 from tests.support.fakegpu.device import FakeDevice
 
+RELAXED = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 pytestmark = pytest.mark.device
 
 
@@ -226,6 +231,50 @@ def test_an_array_may_outlive_what_it_was_made_with(fake: FakeDevice) -> None:
     gc.collect()
     fake.wait_for_all()
     assert fake.find(address) is None
+
+
+def test_a_graph_does_not_give_memory_back(
+    gpu: Gpu, stream: int, fake: FakeDevice
+) -> None:
+    array = uploaded(gpu, [7], stream)
+    address = array.address
+    captured(driver.cuStreamBeginCapture(stream, RELAXED))
+    del array
+    gc.collect()
+    graph = captured(driver.cuStreamEndCapture(stream))
+    replay = captured(driver.cuGraphInstantiate(graph, 0))
+    for _ in range(2):
+        captured(driver.cuGraphLaunch(replay, stream))
+    gpu.wait(stream)
+    assert fake.find(address) == (address, 8)
+    DeviceArray((1,), np.int64, gpu=gpu)  # Takes care of what was left.
+    gpu.wait(stream)
+    assert fake.find(address) is None
+
+
+def captured(result: tuple[Any, ...]) -> Any:
+    return checked(result, "capture")
+
+
+def test_a_device_that_has_failed_is_not_asked_for_more() -> None:
+    """In a process of its own, as the device does not recover."""
+    if fakegpu.current() is None:
+        pytest.skip("a real device is better left whole")
+    code = (
+        "import os\n"
+        "from tests.support import fakegpu; fakegpu.install()\n"
+        "from hps_numba.kernels.cuda.gpu import Gpu\n"
+        "from hps_numba.runtime.gpu.device_array import DeviceArray\n"
+        "array = DeviceArray((2,), 'int64', gpu=Gpu(0))\n"
+        "fakegpu.current().failure = ValueError('planted')\n"
+        "del array\n"
+        "print('still there', flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("still there\n", "")
 
 
 def test_memory_is_kept_between_arrays(gpu: Gpu, fake: FakeDevice) -> None:

@@ -43,7 +43,8 @@ device = FakeDevice()
 thread_state = threading.local()
 _handles = itertools.count(0x10000, 0x10)
 objects: dict[int, Any] = {}
-lock = threading.Lock()
+# A thread that collects garbage while it has it may take it again.
+lock = threading.RLock()
 
 
 def new_handle(thing: Any) -> int:
