@@ -3,7 +3,8 @@
 One file per kernel and compute capability, named by the digest of everything that the
 machine code follows from. A file is written beside its place and renamed into it, and
 carries a checksum: processes that share the directory never read half a file, and what
-is damaged is compiled again. The directory may be deleted at any time.
+is damaged is compiled again. The directory may be deleted at any time; whoever writes a
+file deletes those that nobody has used for long, and the longest unused of too many.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +30,12 @@ from hps_numba.kernels.cuda.fingerprint import UnknownConstantError, fingerprint
 logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "HPS_NUMBA_CACHE_DIR"
+MAX_BYTES = 512 << 20  # of all files: some thousands of kernels
+DAY_S = 24 * 3600
+MAX_AGE_S = 90 * DAY_S  # since the last use
 _MAGIC = b"hps_numba cubin 1"
+_TEMPORARY = ".new-"
+_OURS = re.compile(r".+\.sm_\d+\.[0-9a-f]{32}\.cubin|\.new-.+\.cubin")
 
 
 class DamagedError(ValueError):
@@ -109,12 +116,13 @@ class CubinCache:
         except (OSError, DamagedError) as exc:
             logger.warning("cubin=%s is compiled again: %s", path, exc)
             return None
+        _note_use(path)
         return cubin
 
     def _write(self, path: Path, cubin: Cubin) -> None:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            handle, temporary = tempfile.mkstemp(".cubin", _TEMPORARY, path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(encode(cubin))
@@ -123,8 +131,39 @@ class CubinCache:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
+            trim(path.parent, keep=path.name)
         except OSError as exc:
             logger.info("cubin=%s is not kept: %s", path, exc)
+
+
+def _note_use(path: Path) -> None:
+    """Let a file's time say when it was used, to the day."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_mtime < time.time() - DAY_S:
+            os.utime(path)
+
+
+def trim(directory: Path, *, keep: str = "") -> None:
+    """Delete files that nobody has used for long, and the longest unused of too many.
+
+    Only files named as cubins are, but for the one named ``keep``. A process that reads
+    one of them meanwhile has it, or compiles its kernel again.
+    """
+    used: list[tuple[float, int, str]] = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            # Another process may have deleted it since.
+            with contextlib.suppress(FileNotFoundError):
+                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    found = entry.stat(follow_symlinks=False)
+                    used.append((found.st_mtime, found.st_size, entry.name))
+    now, n_bytes = time.time(), 0
+    for used_at, size, name in sorted(used, reverse=True):
+        n_bytes += size
+        age_limit = DAY_S if name.startswith(_TEMPORARY) else MAX_AGE_S
+        if name != keep and (n_bytes > MAX_BYTES or used_at < now - age_limit):
+            with contextlib.suppress(OSError):
+                os.unlink(directory / name)
 
 
 def encode(cubin: Cubin) -> bytes:
