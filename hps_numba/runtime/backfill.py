@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 from hps_numba.errors import UnknownTableError
 from hps_numba.runtime.stats import BackfillStats
@@ -19,6 +20,25 @@ from hps_numba.types import Keys, Rows
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 30.0  # for a tier that hangs when the queue is closed
+
+
+class Job(Protocol):
+    """Optional work on some keys of a table, for the background."""
+
+    @property
+    def tag(self) -> str:
+        """Tag of the table."""
+
+    @property
+    def keys(self) -> Keys:
+        """The keys."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the queue holds for it."""
+
+    def store(self) -> int:
+        """Do it; return the number of rows stored."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,10 @@ class Backfill:
         """Bytes that the queue holds for it."""
         return self.keys.nbytes + self.rows.nbytes
 
+    def store(self) -> int:
+        """Give the rows to the tier; return how many it stored."""
+        return self.tier.backfill(self.tag, self.keys, self.rows, self.epoch)
+
 
 class BackfillQueue:
     """A bounded queue with one background thread. Thread-safe.
@@ -44,25 +68,23 @@ class BackfillQueue:
     ----------
     max_bytes
         Most bytes of rows and keys that wait.
+    name
+        Of the thread.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, name: str = "hps-backfill") -> None:
         self._max_bytes = max_bytes
         self._changed = threading.Condition(threading.Lock())
-        self._queue: deque[Backfill] = (
-            deque()
-        )  # this and all below: guarded by _changed
+        self._queue: deque[Job] = deque()  # this and all below: guarded by _changed
         self._bytes = 0
-        self._storing: Backfill | None = None
+        self._storing: Job | None = None
         self._closed = False
         self._failure: BaseException | None = None
         self._stored = self._refused = self._dropped = 0
-        self._thread = threading.Thread(
-            target=self._run, name="hps-backfill", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, item: Backfill) -> bool:
+    def put(self, item: Job) -> bool:
         """Queue rows, or drop them if there is no room; never waits.
 
         Raises
@@ -130,7 +152,7 @@ class BackfillQueue:
                 self._failure = exc
                 self._changed.notify_all()
 
-    def _next(self) -> Backfill | None:
+    def _next(self) -> Job | None:
         with self._changed:
             self._storing = None
             self._changed.notify_all()
@@ -141,10 +163,10 @@ class BackfillQueue:
             self._bytes -= item.n_bytes
             return item
 
-    def _store(self, item: Backfill) -> None:
+    def _store(self, item: Job) -> None:
         stored = 0
         try:
-            stored = item.tier.backfill(item.tag, item.keys, item.rows, item.epoch)
+            stored = item.store()
         except UnknownTableError:
             pass  # The model was removed meanwhile.
         except Exception as exc:  # optional work: no lookup is to fail for it

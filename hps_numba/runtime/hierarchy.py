@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hps_numba.errors import TierError, UpdateError
+from hps_numba.errors import CacheError, DeviceError, TierError, UpdateError
 from hps_numba.kernels.host.scatter import scatter_rows
 from hps_numba.runtime.backfill import Backfill, BackfillQueue
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
+from hps_numba.runtime.upper import UpperCache, evict_in_any_case, replace_rows
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.model_files import Fingerprint
 from hps_numba.types import FailureMode, Keys, Mask, Rows, TableSpec
@@ -66,9 +67,10 @@ class Hierarchy:
     -----
     Thread-safe. *No resurrection:* an update holds its keys in every upper tier and
     evicts them there, writes upwards, and takes them off the in-flight register after
-    each tier. So a row read before the update can neither be backfilled nor be handed
-    to a lookup that begins after the update was acknowledged; and once one lookup
-    returned the new row, none that begins later returns an old one.
+    each tier; caches above the tiers come last. So a row read before the update can
+    neither be backfilled nor be handed to a lookup that begins after the update was
+    acknowledged; and once one lookup below the caches returned the new row, none that
+    begins later returns an old one.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Hierarchy:
         self.tiers = tuple(tiers)
         self.counters = TableCounters(tier.name for tier in tiers)
         self.origin: Fingerprint | None = None  # files in memory, if no tier knows
+        self.caches: tuple[UpperCache, ...] = ()  # above the tiers, one a device
         self._backfills = backfills
         self._on_failure = on_failure
         self._write_rows = write_rows
@@ -158,10 +161,13 @@ class Hierarchy:
     def replacing(self) -> ExitStack:
         """Return a context in which all rows may be replaced, tier by tier.
 
-        ``forget_flights`` is to be called whenever a tier has its new rows.
+        ``forget_flights`` is to be called whenever a tier has its new rows. Caches are
+        empty when the context ends.
         """
         with ExitStack() as stack:
             stack.enter_context(self._write_lock)
+            for cache in self.caches:
+                stack.callback(cache.clear)
             for tier in self.tiers[:-1]:
                 stack.enter_context(tier.hold(self.spec.tag))
             self.forget_flights()
@@ -192,10 +198,59 @@ class Hierarchy:
                 epoch = tier.epoch(self.spec.tag)
         return refreshed
 
+    def fetch(self, keys: Keys) -> tuple[Rows, Mask]:
+        """Return the rows of unique keys (others unspecified), and which were found.
+
+        Raises
+        ------
+        TierError
+            If a tier fails and failures are to be raised.
+        """
+        chunk = Chunk(keys, *self._blank(keys.size))
+        self.ask_local(chunk)
+        self.ask_remote(chunk)
+        return chunk.out, chunk.found
+
+    def refresh_keys(self, keys: Keys) -> int:
+        """Read the rows of unique keys again where upper tiers or caches hold them.
+
+        Returns how many rows were replaced in caches.
+        """
+        with self._write_lock, ExitStack() as holds:
+            for tier in self.tiers[:-1]:
+                holds.enter_context(tier.hold(self.spec.tag, keys))
+                tier.evict(self.spec.tag, keys)
+            if self._in_flight is not None:
+                self._in_flight.invalidate(keys)
+            rows, found = self.read(keys)
+            return sum(replace_rows(cache, keys, rows, found) for cache in self.caches)
+
+    def refresh_sets(self, cache: UpperCache, first_set: int, n_sets: int) -> int:
+        """Read the rows that a part of a cache holds again from the tiers.
+
+        What is gone there is evicted. Returns how many rows were replaced.
+        """
+        # As a writer: no update comes between the reading and the replacing.
+        with self._write_lock:
+            keys = cache.keys_of(first_set, n_sets)
+            return replace_rows(cache, keys, *self.read(keys))
+
+    def read(self, keys: Keys) -> tuple[Rows, Mask]:
+        """Return the rows of unique keys, and which were found; counts nothing.
+
+        Raises
+        ------
+        TierError
+            If a tier fails.
+        """
+        rows, found = self._blank(keys.size)
+        for tier in self.tiers:
+            tier.fetch(self.spec.tag, keys, rows, found)
+        return rows, found
+
     def locate(self, keys: Keys) -> list[str]:
         """Return the name of the first tier that holds each key, or ``default``."""
-        out = np.empty((keys.size, self.spec.dim), self.spec.numpy_dtype)
-        found = np.zeros(keys.size, np.bool_)
+        out, found = self._blank(keys.size)
         names = np.full(keys.size, "default", dtype=object)
         for tier in self.tiers:
             before = found.copy()
@@ -206,7 +261,9 @@ class Hierarchy:
     def stats(self) -> TableStats:
         """Return the table's counters."""
         tiers = [(tier.name, tier.stats(self.spec.tag)) for tier in self.tiers]
-        return self.counters.snapshot(self.spec.model, self.spec.name, tiers)
+        return self.counters.snapshot(
+            self.spec.model, self.spec.name, tiers, [c.use() for c in self.caches]
+        )
 
     def _fetch_unique(
         self, in_flight: InFlight, keys: Keys, chunk: Chunk
@@ -279,7 +336,7 @@ class Hierarchy:
                 part = slice(low, low + step)
                 try:
                     self._write_part(keys[part], None if rows is None else rows[part])
-                except TierError as exc:
+                except (TierError, CacheError, DeviceError) as exc:
                     raise UpdateError(
                         f"table {self.spec.tag}: {low} of {keys.size} keys were "
                         f"written, then {exc}; send the rest when the tier is back"
@@ -287,19 +344,29 @@ class Hierarchy:
 
     def _write_part(self, keys: Keys, rows: Rows | None) -> None:
         tag = self.spec.tag
-        with ExitStack() as holds:
-            for tier in self.tiers[:-1]:
-                holds.enter_context(tier.hold(tag, keys))
-                # From here on all lookups get these rows from the last tier, so that
-                # none sees an old row after another saw the new one.
-                tier.evict(tag, keys)
-            for tier in reversed(self.tiers):
+        with ExitStack() as stack:
+            for cache in self.caches:
+                # Taken off once all is written: lookups must not stay with old rows.
+                stack.callback(evict_in_any_case, cache, keys)
+            with ExitStack() as holds:
+                for tier in self.tiers[:-1]:
+                    holds.enter_context(tier.hold(tag, keys))
+                    # From here on lookups of tiers get these rows from the last one, so
+                    # that none sees an old row after another saw the new one.
+                    tier.evict(tag, keys)
+                for tier in reversed(self.tiers):
+                    if rows is None:
+                        tier.delete(tag, keys)
+                    else:
+                        tier.insert(tag, keys, rows)
+                    if self._in_flight is not None:
+                        self._in_flight.invalidate(keys)
+            for cache in self.caches:
                 if rows is None:
-                    tier.delete(tag, keys)
+                    cache.evict(keys)
                 else:
-                    tier.insert(tag, keys, rows)
-                if self._in_flight is not None:
-                    self._in_flight.invalidate(keys)
+                    cache.update(keys, rows)
+            stack.pop_all()
 
     def _blank(self, n: int) -> tuple[NDArray[Any], Mask]:
         rows = np.empty((n, self.spec.dim), self.spec.numpy_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from hps_numba.config import InferenceParams, ParameterServerConfig
 from hps_numba.errors import UnknownTableError
@@ -19,6 +18,7 @@ from hps_numba.runtime.arrays import as_keys, as_rows, newest_of_each
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.estimate import Estimate, estimate
 from hps_numba.runtime.gate import Gate
+from hps_numba.runtime.gpus import Gpus
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.loading import LoadProgress
 from hps_numba.runtime.models import ModelSet, server_closed
@@ -28,8 +28,6 @@ from hps_numba.runtime.stats import ServerStats
 from hps_numba.runtime.stores import open_stores
 from hps_numba.tiers.base import Tier
 from hps_numba.types import Keys, Mask, TableSpec
-
-logger = logging.getLogger(__name__)
 
 
 class HPS:
@@ -78,7 +76,6 @@ class HPS:
     ) -> None:
         self._config = _one_config(ps_config, hps_json_config_file)
         self._gate = Gate("server", server_closed)
-        _warn_of_gpu_caches(self._config)
         estimate(self._config)  # refuses bad files before a store is opened
         self._stores = open_stores(self._config, wrap_tier)
         self._backfills = BackfillQueue(self._config.backfill_queue_bytes)
@@ -87,8 +84,9 @@ class HPS:
             thread_name_prefix="hps-lookup",
         )
         self._pipeline = Pipeline(self._workers)
+        self._gpus = Gpus(self._config)
         self._models = ModelSet(
-            self._config, self._stores, self._backfills, progress=progress
+            self._config, self._stores, self._backfills, self._gpus, progress=progress
         )
         try:
             self._models.add(self._config.models, force_reload=force_reload)
@@ -121,9 +119,9 @@ class HPS:
         table_id: int | str = 0,
         device_id: int = 0,
         *,
-        out: NDArray[Any] | None = None,
+        out: Any = None,
         found: Mask | None = None,
-    ) -> NDArray[Any]:
+    ) -> Any:
         """Return the rows of keys, with HugeCTR's signature.
 
         See ``LookupSession.lookup``; ``table_id`` is a position or a name.
@@ -160,11 +158,13 @@ class HPS:
                     f"model {model!r} is not deployed to device {device}; "
                     f"deployed_device_list is {list(devices)}"
                 )
-            chunk_keys = self._config.volatile_db.max_batch_size
+            pipeline = self._pipeline
             if observer is not None:
                 pipeline = Pipeline(self._workers, observer)
-                return LookupSession(served, pipeline, chunk_keys)
-            session = LookupSession(served, self._pipeline, chunk_keys)
+            path = self._gpus.path(served, device, pipeline)
+            session = LookupSession(served, path)
+            if observer is not None:
+                return session
             return served.sessions.setdefault(device, session)
 
     def update(
@@ -205,24 +205,49 @@ class HPS:
             flat = _one_dimensional(as_keys(keys, hierarchy.spec), hierarchy.spec)
             hierarchy.delete(np.unique(flat))
 
-    def refresh(self, model: str | None = None, table: int | str | None = None) -> int:
-        """Read rows that upper tiers hold again from the persistent database.
+    def refresh(
+        self,
+        model: str | None = None,
+        table: int | str | None = None,
+        *,
+        keys: ArrayLike | None = None,
+    ) -> int:
+        """Read rows that upper tiers and GPU caches hold again from below.
 
         For a database that was changed beneath this server; its own updates need none.
+
+        Parameters
+        ----------
+        model, table
+            Which tables; all if None.
+        keys
+            The keys (n,) that changed, of one table; all that are held if None.
 
         Returns
         -------
         int
-            Number of rows written to upper tiers.
+            Number of rows written to upper tiers and caches.
+
+        Raises
+        ------
+        TierError
+            If a tier fails.
+        TypeError, ValueError
+            If keys do not fit, or do not come with a model and a table.
         """
+        if keys is not None:
+            if model is None or table is None:
+                raise TypeError("keys to refresh are of one model and one table")
+            with self._table(model, table) as hierarchy:
+                flat = _one_dimensional(as_keys(keys, hierarchy.spec), hierarchy.spec)
+                return hierarchy.refresh_keys(np.unique(flat))
         with self._gate:
             asked = self._models.served if model is None else (self._models[model],)
-        step = self._config.volatile_db.max_batch_size
         refreshed = 0
         for served in asked:
             with served.gate:
                 tables = served.tables if table is None else (served.table(table),)
-                refreshed += sum(t.refresh(step) for t in tables)
+                refreshed += sum(self._models.refresh(served, t) for t in tables)
         return refreshed
 
     def add_model(self, params: InferenceParams, *, force_reload: bool = False) -> None:
@@ -277,10 +302,12 @@ class HPS:
             return ServerStats(
                 tables=tuple(t.stats() for m in self._models.served for t in m.tables),
                 backfill=self._backfills.stats(),
+                deferred=self._gpus.stats(),
             )
 
     def drain(self) -> None:
-        """Wait until every row that lookups found is backfilled or dropped."""
+        """Wait until all that lookups left to the background is done or dropped."""
+        self._gpus.drain()
         self._backfills.drain()
 
     def close(self) -> None:
@@ -288,6 +315,8 @@ class HPS:
         self._gate.close()
         self._models.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._gpus.close()
+        self._models.close_caches()
         self._backfills.close()
         for tier in self._stores.tiers:
             tier.close()
@@ -329,13 +358,3 @@ def _one_dimensional(keys: Keys, spec: TableSpec) -> Keys:
             f"table {spec.tag}: keys of a write have one dimension; got {keys.shape}"
         )
     return keys
-
-
-def _warn_of_gpu_caches(config: ParameterServerConfig) -> None:
-    cached = [m.model_name for m in config.models if m.use_gpu_embedding_cache]
-    if cached:
-        logger.warning(
-            "models=%s gpucache=true: no GPU cache is available; rows are served from "
-            "host memory and the tiers below it",
-            ",".join(cached),
-        )

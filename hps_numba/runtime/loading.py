@@ -123,7 +123,7 @@ def _is_stored(
     if stores.persistent is not None:
         stored = stores.persistent.fingerprint(table.spec.tag)
         origin = None if stored is None else Fingerprint.from_json(stored)
-    report = _reporter(progress, table, "compare", files.n_rows, announce=False)
+    report = reporter(progress, table, "compare", files.n_rows, announce=False)
     return origin is not None and matches(files, origin, progress=report)
 
 
@@ -148,7 +148,7 @@ def _check(table: Hierarchy, source: Source, progress: LoadProgress | None) -> N
         duplicate_keys=source.params.duplicate_keys.value,
         non_finite=source.params.non_finite.value,
         dtype=table.spec.numpy_dtype,
-        progress=_reporter(progress, table, "check", source.directory.n_rows),
+        progress=reporter(progress, table, "check", source.directory.n_rows),
     )
     if report.n_duplicates or report.n_non_finite:
         logger.warning(
@@ -170,9 +170,9 @@ def _load_last(
     tag, dtype, persistent = table.spec.tag, table.spec.numpy_dtype, stores.persistent
     last = table.tiers[-1]
     origin = fingerprint(
-        files, progress=_reporter(progress, table, "digest", files.n_rows)
+        files, progress=reporter(progress, table, "digest", files.n_rows)
     )
-    report = _reporter(progress, table, last.name, files.n_rows)
+    report = reporter(progress, table, last.name, files.n_rows)
     if persistent is None:
         table.origin = None  # until all rows are there
         last.load(tag, files.blocks(dtype), progress=report)
@@ -203,11 +203,11 @@ def _fill_volatile(
         n_rows = source.directory.n_rows
     else:
         blocks, n_rows = persistent.iterate(tag), persistent.stats(tag).rows
-    reporter = _reporter(progress, table, volatile.name, n_rows)
-    volatile.load(tag, blocks, progress=reporter)
+    report = reporter(progress, table, volatile.name, n_rows)
+    volatile.load(tag, blocks, progress=report)
 
 
-def _reporter(
+def reporter(
     progress: LoadProgress | None,
     table: Hierarchy,
     step: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import Literal
 
@@ -11,8 +12,9 @@ from hps_numba.errors import ClosedError, ConfigError, HPSError, UnknownTableErr
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.estimate import host_shares
 from hps_numba.runtime.gate import PATIENCE_S, Gate
+from hps_numba.runtime.gpus import Gpus
 from hps_numba.runtime.hierarchy import Hierarchy
-from hps_numba.runtime.loading import LoadProgress, Source, load_table
+from hps_numba.runtime.loading import LoadProgress, Source, load_table, reporter
 from hps_numba.runtime.session import LookupSession, ServedModel
 from hps_numba.runtime.stores import Stores
 from hps_numba.tiers.model_files import open_model_directory
@@ -30,6 +32,8 @@ class ModelSet:
         The tiers.
     backfills
         Queue for rows that upper tiers lack.
+    gpus
+        Opens GPU caches.
     progress
         Told how far loading is.
     """
@@ -39,12 +43,14 @@ class ModelSet:
         config: ParameterServerConfig,
         stores: Stores,
         backfills: BackfillQueue,
+        gpus: Gpus,
         *,
         progress: LoadProgress | None,
     ) -> None:
         self._config = config
         self._stores = stores
         self._backfills = backfills
+        self._gpus = gpus
         self._progress = progress
         self._changing = threading.Lock()
         self._served: dict[str, ServedModel] = {}  # written under _changing
@@ -109,6 +115,9 @@ class ModelSet:
                 )
             del self._served[name]
             served.gate.close(lambda: self._unknown(name, "was removed"))
+            for table in served.tables:
+                self._gpus.forget(table.spec.tag)
+            _close_caches(served)
             keep = [] if drop_tables else [table.spec.name for table in served.tables]
             self._release_locked(served.params, keep=keep)
 
@@ -116,13 +125,36 @@ class ModelSet:
         """Load what changed of a model's files; return whether anything did."""
         with self._changing:
             served = self[name]
-            return self._load(served, force) > 0
+            sources = self._sources(served.params)
+            loaded = self._load(served, sources, force)
+            if loaded:
+                self._warm_up(served, sources)
+            return loaded
+
+    def refresh(self, served: ServedModel, table: Hierarchy) -> int:
+        """Read a table's rows again where upper tiers and caches hold them.
+
+        Returns how many were written there.
+        """
+        refreshed = table.refresh(self._config.volatile_db.max_batch_size)
+        if served.caches:
+            from hps_numba.runtime.gpu.refreshing import refresh
+
+            share = served.params.cache_refresh_percentage_per_iteration or 1.0
+            for cache in served.caches.values():
+                refreshed += refresh(cache.tables[table.spec.tag], table, share)
+        return refreshed
 
     def close(self) -> None:
         """Let nobody in, and wait until everybody is out."""
         deadline = monotonic() + PATIENCE_S
         for served in self.served:
             served.gate.close(patience_s=max(deadline - monotonic(), 0.0))
+
+    def close_caches(self) -> None:
+        """Give the memory of devices back; nobody looks anything up any more."""
+        for served in self.served:
+            _close_caches(served)
 
     def _serve_locked(
         self, params: InferenceParams, shares: dict[str, int | None], force: bool
@@ -135,9 +167,11 @@ class ModelSet:
             )
             gate = Gate(params.model_name, server_closed)
             served = ServedModel(params, tables, gate)
-            self._load(served, force)
+            sources = self._sources(params)
+            self._load(served, sources, force)
             for table in tables:
                 table.warm_up()
+            self._open_caches(served, sources)
         except BaseException:
             self._release_locked(params, keep=stored)
             raise
@@ -171,16 +205,67 @@ class ModelSet:
             if persistent is not None and spec.name not in keep:
                 persistent.drop_table(spec.tag)
 
-    def _load(self, served: ServedModel, force: bool) -> int:
-        """Load tables and return how many were not stored already."""
-        return sum(
+    def _load(
+        self, served: ServedModel, sources: list[Source | None], force: bool
+    ) -> bool:
+        """Load tables and return whether any was not stored already."""
+        loaded = [
             load_table(
                 table, self._stores, source, force=force, progress=self._progress
             )
-            for table, source in zip(
-                served.tables, self._sources(served.params), strict=True
-            )
-        )
+            for table, source in zip(served.tables, sources, strict=True)
+        ]
+        return any(loaded)
+
+    def _open_caches(self, served: ServedModel, sources: list[Source | None]) -> None:
+        """Put GPU caches above the tiers, and warm them up."""
+        params = served.params
+        rows = [source.directory.n_rows if source else 0 for source in sources]
+        served.caches.update(self._gpus.open(params, rows, self._compiling(served)))
+        if not served.caches:
+            return
+        try:
+            for table in served.tables:
+                table.caches = tuple(
+                    cache.tables[table.spec.tag] for cache in served.caches.values()
+                )
+            self._warm_up(served, sources)
+            interval_s = params.refresh_interval
+            if interval_s and params.cache_refresh_percentage_per_iteration:
+                from hps_numba.runtime.gpu.refreshing import Refresher
+
+                served.refreshers.append(
+                    Refresher(
+                        served.name,
+                        interval_s,
+                        lambda: [self.refresh(served, t) for t in served.tables],
+                    )
+                )
+        except BaseException:
+            _close_caches(served)
+            raise
+
+    def _warm_up(self, served: ServedModel, sources: list[Source | None]) -> None:
+        """Bring rows into the model's GPU caches before they are asked for."""
+        if not served.caches:
+            return
+        from hps_numba.runtime.gpu.filling import fill
+        from hps_numba.runtime.gpu.warming import warm_keys
+
+        for i, (table, source) in enumerate(zip(served.tables, sources, strict=True)):
+            for cache in served.caches.values():
+                mine = cache.tables[table.spec.tag]
+                directory = source.directory if source else None
+                wanted = warm_keys(served.params, i, directory, limit=mine.n_slots)
+                step = f"warm-up of {mine.name}"
+                report = reporter(self._progress, table, step, wanted.total)
+                fill(mine, table, wanted.blocks, report)
+
+    def _compiling(self, served: ServedModel) -> Callable[[int, int], None] | None:
+        progress = self._progress
+        if progress is None:
+            return None
+        return lambda done, total: progress(f"{served.name} kernels", done, total)
 
     def _sources(self, params: InferenceParams) -> list[Source | None]:
         """Return where each table's rows come from; checks the sizes of the files."""
@@ -207,3 +292,10 @@ class ModelSet:
 def server_closed() -> HPSError:
     """Return the error of a call that comes after ``close``."""
     return ClosedError("the server is closed")
+
+
+def _close_caches(served: ServedModel) -> None:
+    for refresher in served.refreshers:
+        refresher.close()
+    for cache in served.caches.values():
+        cache.close()

@@ -6,9 +6,13 @@
     worker           | remote 0           |    | remote 2     |
     worker                     | remote 1            |
 
-A chunk's buffers are its slices of the caller's output, so nothing is copied between
-stages. At most two chunks are in the remote stage in workers; the caller takes the last
-chunk's remote stage itself, so a lookup of one chunk changes threads nowhere.
+On the way to an array of the caller's, a chunk's buffers are its slices of that array,
+and nothing is copied between stages. On the way to a GPU they are blocks of pinned
+memory, two in turn: a block is ``take``-n before its chunk is asked for, and ``give``-n
+to the device when the chunk has landed.
+
+At most two chunks are in the remote stage in workers; the caller takes the last chunk's
+remote stage itself, so a lookup of one chunk changes threads nowhere.
 """
 
 from __future__ import annotations
@@ -17,13 +21,27 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
 from time import perf_counter
+from typing import Protocol, TypeVar
 
 from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+
+_T = TypeVar("_T")
 
 BUFFERS = 2
 
 Observer = Callable[[str, int, float, float], None]
-"""Called with a stage (``local``, ``remote``), a chunk's number, begin and end in s."""
+"""Called with a stage (``local``, ``remote``, ``take``, ``give``), a chunk's number,
+begin and end in s."""
+
+
+class Blocks(Protocol):
+    """Memory that chunks share: chunk i uses block i % 2. Called by one thread."""
+
+    def take(self, number: int) -> None:
+        """Wait until a chunk's block is free."""
+
+    def give(self, number: int) -> None:
+        """Pass a chunk on, all of whose keys have been asked for."""
 
 
 class Pipeline:
@@ -41,42 +59,64 @@ class Pipeline:
         self._workers = workers
         self._observer = observer
 
-    def run(self, work: Sequence[tuple[Hierarchy, Chunk]]) -> None:
-        """Resolve all chunks; returns when nobody writes to them any more."""
+    def run(
+        self, work: Sequence[tuple[Hierarchy, Chunk]], blocks: Blocks | None = None
+    ) -> None:
+        """Resolve all chunks; returns when nobody writes to them any more.
+
+        Parameters
+        ----------
+        work
+            The chunks, and where each is asked for.
+        blocks
+            The memory that chunks share, if they do.
+        """
         last = len(work) - 1
-        flying: deque[Future[None]] = deque()
+        flying: deque[tuple[int, Future[None]]] = deque()
+
+        def land() -> None:
+            """Wait for the oldest flight, which is in the queue until it is done."""
+            number, future = flying[0]
+            future.result()
+            flying.popleft()
+            self._give(blocks, number)
+
         try:
             for number, (hierarchy, chunk) in enumerate(work):
+                if blocks is not None:
+                    while flying and flying[0][0] <= number - BUFFERS:
+                        land()
+                    self._stage("take", number, blocks.take, number)
                 self._stage("local", number, hierarchy.ask_local, chunk)
                 if chunk.done:
-                    continue
-                if number == last:
+                    self._give(blocks, number)
+                elif number == last:
                     self._stage("remote", number, hierarchy.ask_remote, chunk)
-                    continue
-                if len(flying) == BUFFERS:
-                    _land(flying)
-                flying.append(
-                    self._workers.submit(
-                        self._stage, "remote", number, hierarchy.ask_remote, chunk
-                    )
-                )
+                    self._give(blocks, number)
+                else:
+                    if len(flying) == BUFFERS:
+                        land()
+                    flying.append((number, self._fly(number, hierarchy, chunk)))
             while flying:
-                _land(flying)
+                land()
         finally:
-            wait(flying)
+            wait([future for _, future in flying])
+
+    def _fly(self, number: int, hierarchy: Hierarchy, chunk: Chunk) -> Future[None]:
+        return self._workers.submit(
+            self._stage, "remote", number, hierarchy.ask_remote, chunk
+        )
+
+    def _give(self, blocks: Blocks | None, number: int) -> None:
+        if blocks is not None:
+            self._stage("give", number, blocks.give, number)
 
     def _stage(
-        self, name: str, number: int, step: Callable[[Chunk], None], chunk: Chunk
+        self, name: str, number: int, step: Callable[[_T], None], given: _T
     ) -> None:
         if self._observer is None:
-            step(chunk)
+            step(given)
             return
         begin_s = perf_counter()
-        step(chunk)
+        step(given)
         self._observer(name, number, begin_s, perf_counter())
-
-
-def _land(flying: deque[Future[None]]) -> None:
-    """Wait for the oldest future, which stays in the queue until it is done."""
-    flying[0].result()
-    flying.popleft()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hps_numba.config import InferenceParams
-from hps_numba.errors import UnknownTableError
+from hps_numba.errors import DeviceError, UnknownTableError
 from hps_numba.runtime.arrays import as_flags, as_keys, as_output, check_length
 from hps_numba.runtime.gate import Gate
 from hps_numba.runtime.hierarchy import Chunk, Hierarchy
 from hps_numba.runtime.pipeline import Pipeline
 from hps_numba.types import Mask, Rows
+
+if TYPE_CHECKING:
+    from hps_numba.runtime.gpu.cache import GpuCache
+    from hps_numba.runtime.gpu.refreshing import Refresher
 
 Array = NDArray[Any]
 
@@ -28,6 +32,8 @@ class ServedModel:
     params: InferenceParams
     tables: tuple[Hierarchy, ...]
     gate: Gate
+    caches: dict[int, GpuCache] = field(default_factory=dict)  # by device
+    refreshers: list[Refresher] = field(default_factory=list)
     sessions: dict[int, LookupSession] = field(default_factory=dict)  # by device
 
     @property
@@ -49,9 +55,29 @@ class ServedModel:
         )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One table of one lookup, as the caller gave it."""
+
+    table: Hierarchy
+    keys: Any
+    out: Any = None
+    found: Mask | None = None
+
+
+class LookupPath(Protocol):
+    """Where the lookups of a session go."""
+
+    def run(self, asked: Sequence[Asked], stream: Any) -> list[Any]:
+        """Return the rows of each table's keys; see ``LookupSession.lookup``."""
+
+    def prepare(self, sizes: Mapping[str, int]) -> Any:
+        """Return a lookup of fixed sizes; see ``LookupSession.prepare``."""
+
+
 @dataclass
 class _Request:
-    """One table of one lookup."""
+    """One table of one lookup, checked."""
 
     table: Hierarchy
     out: Array
@@ -66,13 +92,13 @@ class LookupSession:
     Notes
     -----
     Thread-safe: a session holds no buffers, so threads may share one. The GIL is
-    released while rows are copied. What a lookup returns is the caller's own.
+    released while rows are copied and while a device is waited for. What a lookup
+    returns is the caller's own.
     """
 
-    def __init__(self, model: ServedModel, pipeline: Pipeline, chunk_keys: int) -> None:
+    def __init__(self, model: ServedModel, path: LookupPath) -> None:
         self._model = model
-        self._pipeline = pipeline
-        self._chunk_keys = chunk_keys
+        self._path = path
 
     @overload
     def lookup(
@@ -80,18 +106,20 @@ class LookupSession:
         tables: int | str,
         keys: ArrayLike,
         *,
-        out: Array | None = ...,
+        out: Any = ...,
         found: Mask | None = ...,
-    ) -> Array: ...
+        stream: Any = ...,
+    ) -> Any: ...
 
     @overload
     def lookup(
         self,
         tables: Mapping[str, ArrayLike],
         *,
-        out: Mapping[str, Array] | None = ...,
+        out: Mapping[str, Any] | None = ...,
         found: Mapping[str, Mask] | None = ...,
-    ) -> dict[str, Array]: ...
+        stream: Any = ...,
+    ) -> dict[str, Any]: ...
 
     def lookup(
         self,
@@ -100,7 +128,8 @@ class LookupSession:
         *,
         out: Any = None,
         found: Any = None,
-    ) -> Array | dict[str, Array]:
+        stream: Any = None,
+    ) -> Any:
         """Return the rows of keys, of one table or of several at once.
 
         Parameters
@@ -108,18 +137,28 @@ class LookupSession:
         tables
             A table's name or position, or a mapping from names to keys.
         keys
-            Integers of any dtype and shape S; None with a mapping.
+            Integers of any dtype and shape S; None with a mapping. With a GPU cache
+            also int64 or uint64 on the session's device: an array with DLPack or
+            ``__cuda_array_interface__``.
         out
             float32 (or the table's stored dtype) of shape S + (dim,), contiguous; with
-            a mapping, a mapping from some or all of its names.
+            a mapping, a mapping from some or all of its names. On the device if the
+            result is.
         found
-            bool of shape S: set to whether any tier knew the key; a mapping likewise.
+            NumPy bool of shape S: set to whether the key was known, to the cache or to
+            a tier; a mapping likewise.
+        stream
+            CUDA stream that the result is for: anything with ``__cuda_stream__``, or a
+            handle. The device's default stream if None.
 
         Returns
         -------
         array or dict of arrays
-            float32 of shape S + (dim,), or ``out``. Keys that no tier knows get the
-            table's default row.
+            float32 of shape S + (dim,), or ``out``: a NumPy array for keys of the host
+            without ``stream``; else an array on the device, valid in the order of the
+            stream, of CuPy if that is installed. Keys that no tier knows get the
+            table's default row; so do, at or above ``hit_rate_threshold``, keys that
+            the cache lacks.
 
         Raises
         ------
@@ -129,36 +168,94 @@ class LookupSession:
             If keys, ``out`` or ``found`` do not fit; nothing is written then.
         TierUnavailableError
             If a tier fails and ``on_tier_failure`` is ``raise``.
+        DeviceError
+            If the device refuses the work.
         ClosedError
             If the server is closed.
         """
         with self._model.gate:
-            if isinstance(tables, Mapping):
-                if keys is not None:
-                    raise TypeError("keys go into the mapping of tables, not beside it")
-                outs, flags = ({} if a is None else a for a in (out, found))
-                _check_names(tables, outs, flags)
-                requests = {
-                    name: self._request(name, asked, outs.get(name), flags.get(name))
-                    for name, asked in tables.items()
-                }
-                self._run(list(requests.values()))
-                return {name: request.out for name, request in requests.items()}
-            if keys is None:
-                raise TypeError("keys are missing; pass them beside the table's name")
-            request = self._request(tables, keys, out, found)
-            self._run([request])
-            return request.out
+            if not isinstance(tables, Mapping):
+                if keys is None:
+                    raise TypeError(
+                        "keys are missing; pass them beside the table's name"
+                    )
+                asked = Asked(self._model.table(tables), keys, out, found)
+                return self._path.run([asked], stream)[0]
+            if keys is not None:
+                raise TypeError("keys go into the mapping of tables, not beside it")
+            outs, flags = ({} if a is None else a for a in (out, found))
+            _check_names(tables, outs, flags)
+            every = [
+                Asked(self._model.table(name), given, outs.get(name), flags.get(name))
+                for name, given in tables.items()
+            ]
+            return dict(zip(tables, self._path.run(every, stream), strict=True))
 
-    def _request(
-        self, table: int | str, keys: ArrayLike, out: Array | None, found: Mask | None
-    ) -> _Request:
-        hierarchy = self._model.table(table)
-        spec = hierarchy.spec
-        given = as_keys(keys, spec)
+    def prepare(self, sizes: Mapping[str, int]) -> Any:
+        """Return a lookup of a fixed number of keys a table, in buffers of its own.
+
+        Its launch neither allocates nor waits, so that it may be part of a CUDA graph;
+        see ``hps_numba.runtime.gpu.prepared.PreparedLookup``.
+
+        Parameters
+        ----------
+        sizes
+            Number of keys by table.
+
+        Raises
+        ------
+        UnknownTableError
+            If the model has no such table.
+        ValueError
+            If a size exceeds what a lookup of the table may have.
+        DeviceError
+            If the session has no GPU cache, or the device too little memory.
+        """
+        with self._model.gate:
+            return self._path.prepare(sizes)
+
+
+class HostPath:
+    """Lookups in host memory and the tiers below it. Thread-safe.
+
+    Parameters
+    ----------
+    model
+        Name of the model, for messages.
+    pipeline
+        Runs the chunks.
+    chunk_keys
+        Keys of a chunk.
+    """
+
+    def __init__(self, model: str, pipeline: Pipeline, chunk_keys: int) -> None:
+        self._model = model
+        self._pipeline = pipeline
+        self._chunk_keys = chunk_keys
+
+    def run(self, asked: Sequence[Asked], stream: Any) -> list[Any]:
+        """Return rows as NumPy arrays; see ``LookupSession.lookup``."""
+        if stream is not None:
+            raise TypeError(
+                f"model {self._model!r} has no GPU cache here, so its lookups have "
+                f"no stream; set gpucache to true where there is a GPU"
+            )
+        requests = [self._request(one) for one in asked]
+        self._run(requests)
+        return [request.out for request in requests]
+
+    def prepare(self, sizes: Mapping[str, int]) -> Any:
+        """Refuse: there is no device."""
+        raise DeviceError(
+            f"model {self._model!r} has no GPU cache here; prepared lookups need one"
+        )
+
+    def _request(self, asked: Asked) -> _Request:
+        spec = asked.table.spec
+        given = as_keys(asked.keys, spec)
         check_length(given, spec)
-        result = as_output(out, given.shape, spec)
-        flags = as_flags(found, given.shape, spec)
+        result = as_output(asked.out, given.shape, spec)
+        flags = as_flags(asked.found, given.shape, spec)
         flat_keys, flat_found = given.reshape(-1), flags.reshape(-1)
         if result.dtype == spec.numpy_dtype:
             rows = result.reshape(-1, spec.dim)
@@ -167,7 +264,7 @@ class LookupSession:
         step = self._chunk_keys
         if flat_keys.size <= step:
             chunks = [Chunk(flat_keys, rows, flat_found)] if flat_keys.size else []
-            return _Request(hierarchy, result, flags, chunks, rows)
+            return _Request(asked.table, result, flags, chunks, rows)
         chunks = [
             Chunk(
                 flat_keys[low : low + step],
@@ -176,7 +273,7 @@ class LookupSession:
             )
             for low in range(0, flat_keys.size, step)
         ]
-        return _Request(hierarchy, result, flags, chunks, rows)
+        return _Request(asked.table, result, flags, chunks, rows)
 
     def _run(self, requests: list[_Request]) -> None:
         begin_ns = perf_counter_ns()

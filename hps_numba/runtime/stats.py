@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hps_numba.errors import UnknownTableError
 from hps_numba.tiers.base import TierStats
@@ -28,8 +28,10 @@ class Latency:
 class TierUse:
     """What one tier did for one table.
 
-    ``asked`` and ``hits`` count keys as the tier gets them: every occurrence in host
-    memory, unique keys below it.
+    ``asked`` and ``hits`` count keys as the tier gets them: every occurrence in a GPU
+    cache and in host memory, unique keys below it. A GPU cache tells unique keys apart
+    in lookups that may give default rows, with a ``hit_rate_threshold`` between 0 and
+    1; ``unique_asked`` and ``unique_hits`` are of those.
     """
 
     tier: str
@@ -40,6 +42,13 @@ class TierUse:
     evictions: int
     refused_backfills: int
     dropped_rows: int
+    unique_asked: int = 0
+    unique_hits: int = 0
+
+    @property
+    def unique_hit_rate(self) -> float:
+        """Share of the unique keys of each lookup that hit; 1.0 before the first."""
+        return self.unique_hits / self.unique_asked if self.unique_asked else 1.0
 
     @property
     def hit_rate(self) -> float:
@@ -59,6 +68,7 @@ class TableStats:
     errors: int  # lookups that raised
     degraded: int  # lookups served although a tier failed
     joined: int  # keys that waited for another lookup's fetch
+    deferred: int  # keys that got the default row, while theirs is fetched
     updated_rows: int
     deleted_keys: int
     non_finite_rows: int  # updated rows with NaN or infinity
@@ -76,12 +86,20 @@ class BackfillStats:
     dropped_rows: int
 
 
+NO_BACKFILLS = BackfillStats(0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class ServerStats:
-    """Counters of a whole server."""
+    """Counters of a whole server.
+
+    ``deferred`` is of keys that lookups gave default rows, and whose own rows are
+    fetched in the background for the GPU caches.
+    """
 
     tables: tuple[TableStats, ...]
     backfill: BackfillStats
+    deferred: BackfillStats = NO_BACKFILLS
 
     def table(self, model: str, name: str) -> TableStats:
         """Return the counters of one table."""
@@ -133,6 +151,7 @@ class TableCounters:
         self._lock = threading.Lock()
         self._latency = Histogram()  # this and all below: guarded by _lock
         self._use = {tier: [0, 0] for tier in tiers}
+        self._unique: dict[str, list[int]] = {}  # of GPU caches
         self._counts = dict.fromkeys(
             (
                 "lookups",
@@ -141,6 +160,7 @@ class TableCounters:
                 "errors",
                 "degraded",
                 "joined",
+                "deferred",
                 "updated_rows",
                 "deleted_keys",
                 "non_finite_rows",
@@ -164,6 +184,13 @@ class TableCounters:
             use[0] += asked
             use[1] += hits
 
+    def add_unique(self, tier: str, asked: int, hits: int) -> None:
+        """Count unique keys that a GPU cache was asked for."""
+        with self._lock:
+            use = self._unique.setdefault(tier, [0, 0])
+            use[0] += asked
+            use[1] += hits
+
     def add(self, **amounts: int) -> None:
         """Raise other counters by name."""
         with self._lock:
@@ -171,10 +198,19 @@ class TableCounters:
                 self._counts[name] += amount
 
     def snapshot(
-        self, model: str, table: str, tiers: Iterable[tuple[str, TierStats]]
+        self,
+        model: str,
+        table: str,
+        tiers: Iterable[tuple[str, TierStats]],
+        caches: Iterable[TierUse] = (),
     ) -> TableStats:
-        """Return the counters, with what the tiers say of the table."""
+        """Return the counters, with what caches and tiers say of the table."""
         with self._lock:
+            above = tuple(
+                replace(use, unique_asked=unique[0], unique_hits=unique[1])
+                for use in caches
+                for unique in [self._unique.get(use.tier, (0, 0))]
+            )
             uses = tuple(
                 TierUse(
                     tier=tier,
@@ -192,6 +228,6 @@ class TableCounters:
                 model=model,
                 table=table,
                 latency=self._latency.summary(),
-                tiers=uses,
+                tiers=above + uses,
                 **self._counts,
             )

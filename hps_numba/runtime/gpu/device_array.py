@@ -49,7 +49,7 @@ class DeviceArray:
     it on another waits for that stream, without the calling thread.
     """
 
-    __slots__ = ("__weakref__", "_gpu", "address", "dtype", "shape", "stream")
+    __slots__ = ("__weakref__", "_gpu", "_owner", "address", "dtype", "shape", "stream")
 
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, *, gpu: Gpu, stream: int = 0
@@ -58,6 +58,7 @@ class DeviceArray:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.stream = stream
         self._gpu = gpu
+        self._owner: DeviceArray | None = None  # whose memory it is, if not its own
         memory = stream_memory(gpu)
         self.address = memory.take(self.nbytes, stream)
         # At the process's end the driver may be gone already, and the memory with it.
@@ -83,6 +84,27 @@ class DeviceArray:
         if not self.shape:
             raise TypeError("len() of an array without axes")
         return self.shape[0]
+
+    def __getitem__(self, items: slice) -> DeviceArray:
+        """Return some items of the first axis, in the same memory."""
+        begin, end, step = items.indices(len(self))
+        if step != 1:
+            raise IndexError(f"a step of {step}: items have to follow each other")
+        row = self.nbytes // max(len(self), 1)
+        shape = (max(end - begin, 0), *self.shape[1:])
+        return self._view(self.address + begin * row, shape)
+
+    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Return the same items in another shape, in the same memory."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"shape {self.shape} does not become {shape}")
+        return self._view(self.address, shape)
+
+    def _view(self, address: int, shape: tuple[int, ...]) -> DeviceArray:
+        view = DeviceArray.__new__(DeviceArray)
+        view.shape, view.dtype, view.stream = shape, self.dtype, self.stream
+        view.address, view._gpu, view._owner = address, self._gpu, self
+        return view
 
     def copy_to_host(self) -> NDArray[Any]:
         """Return a copy in host memory, once everything written to the array is there.
