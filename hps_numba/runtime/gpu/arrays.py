@@ -103,7 +103,8 @@ def view(
     if kind not in _by_dlpack:
         try:
             described = getattr(x, "__cuda_array_interface__", None)
-        except RuntimeError:  # torch: a tensor that wants gradients
+        # torch has no such description of tensors with gradients, or of bfloat16.
+        except (RuntimeError, KeyError):
             described = None
         if described is not None:
             # Without a stream in it, only DLPack tells what has to be waited for.

@@ -227,6 +227,19 @@ def test_an_array_that_names_no_stream_is_asked_by_dlpack(gpu: Gpu) -> None:
 
 
 @on_device
+def test_what_has_no_description_is_asked_by_dlpack(gpu: Gpu) -> None:
+    class Undescribed(Exchanged):
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            raise KeyError("bfloat16")
+
+    x = Undescribed(uploaded(gpu, [1.0]))
+    assert view(x, gpu=gpu, stream=0, what="keys").address == x.array.address
+    with pytest.raises(TypeError, match=r"hps_et\.m\.t: keys on a device are int64"):
+        device_keys(x, TABLE, stream=0, gpu=gpu)
+
+
+@on_device
 def test_a_tensor_that_wants_gradients_is_read_but_not_written(gpu: Gpu) -> None:
     class Wanting(Exchanged):
         requires_grad = True
