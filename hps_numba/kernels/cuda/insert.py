@@ -125,7 +125,6 @@ def way_chooser(policy: Policy) -> Any:
     return choose
 
 
-@cache
 def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     """Return the insert of a cache with such rows.
 
@@ -143,6 +142,12 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     ``epoch`` is the table's update epoch from before the rows were fetched: a key that
     was updated later keeps what it has.
     """
+    # How rows are given out is all the same here; no two kernels have one name.
+    return _insert_kernel(RowLayout(rows.dim, rows.stored, rows.stored), policy)
+
+
+@cache
+def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     choose = way_chooser(policy)
     score_of = scorer(policy)
     write = write_row(rows)

@@ -72,6 +72,14 @@ def test_all_that_is_launched_can_be_compiled_ahead(out: str, policy: Policy) ->
     assert launched == {spec.name for spec in cache.kernels()}
 
 
+def test_caches_that_give_rows_out_in_other_types_share_a_launcher() -> None:
+    named: dict[str, KernelSpec] = {}
+    for out in ("float32", "float16"):
+        cache, _ = cache_of(RowLayout(16, "float16", out))
+        for spec in cache.kernels():
+            assert named.setdefault(spec.name, spec) is spec
+
+
 def test_a_query_takes_blocks_of_the_longest_table_for_each() -> None:
     cache, recorder = cache_of(RowLayout(16))
     cache.query(Batch(90, KEYS), OUT, WORK)
