@@ -45,15 +45,18 @@ def row_words(rows: RowLayout, numbers: Array) -> Array:
     return words
 
 
-@cache
 def fill_kernel(rows: RowLayout) -> KernelSpec:
     """Return a kernel that writes ``n`` rows without gaps, numbered from ``first``.
 
     Launch   a thread per 4 bytes
     Writes   rows as ``row_words``
     """
-    n_words = rows.row_bytes // 4
-    mask, ones = _BITS[rows.stored]
+    return _fill_kernel(rows.row_bytes // 4, rows.stored)
+
+
+@cache
+def _fill_kernel(n_words: int, stored: str) -> KernelSpec:
+    mask, ones = _BITS[stored]
 
     def fill(out: Any, first: Any, n: Any) -> None:
         thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
@@ -68,7 +71,7 @@ def fill_kernel(rows: RowLayout) -> KernelSpec:
             word = u32(u32(mixed & u32(mask)) | u32(ones))
             store_u32(out + thread * u64(4), word)
 
-    return KernelSpec(f"fill_{rows.stored}_{rows.dim}", fill, "UUU", block=BLOCK)
+    return KernelSpec(f"fill_{stored}_{n_words}", fill, "UUU", block=BLOCK)
 
 
 @cache

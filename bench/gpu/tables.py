@@ -83,6 +83,7 @@ class Table:
     ) -> None:
         self.device = device
         self.rows = rows
+        self.nominal_load = load
         self.rng = np.random.default_rng(seed)
         layout = TableLayout.for_rows(n_slots)
         # Not every key finds room in its set when the table is nearly full.

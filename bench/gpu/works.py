@@ -10,7 +10,14 @@ from bench.gpu.device import POISON, Array, Device, Scratch
 from bench.gpu.kernels import BLOCK, gather_kernel
 from bench.gpu.tables import Lookup, Table, build_workspace, keys_of, numbers_of
 from bench.gpu.timing import Work
-from hps_numba.kernels.cuda.layout import EVICTED, MAX_KEYS, N_HITS
+from hps_numba.kernels.cuda.layout import (
+    DUMP_BYTES,
+    DUMPED,
+    EVICTED,
+    MAX_KEYS,
+    N_HITS,
+    WAYS,
+)
 from hps_numba.kernels.cuda.operands import Batch, Workspace
 
 SAMPLE = 2048  # rows at either end of an output that are looked at
@@ -177,6 +184,25 @@ def scatter(stage: Stage) -> Work:
         check_equal(got[absent], wanted)
 
     return Work("scatter", call, 1, len(absent), check, stage.rows_written)
+
+
+def dump(stage: Stage) -> Work:
+    """Return a dump of the whole table; its items are the keys that it has."""
+    table, device = stage.table, stage.device
+    n_sets, n = table.cache.layout.tables[0].n_sets, len(table.resident)
+    keys = stage.scratch.block(n_sets * WAYS * 8)
+    counts = stage.scratch.block(DUMP_BYTES)
+    device.gpu.zero(counts, DUMP_BYTES, device.stream)
+
+    def call(i: int) -> None:
+        table.cache.dump(0, 0, n_sets, keys=keys, counts=counts, stream=device.stream)
+
+    def check() -> None:
+        assert int(device.read(counts + DUMPED, 1, np.uint64)[0]) == n
+        got = np.sort(numbers_of(device.read(keys, n, np.int64)))
+        check_equal(got, np.sort(table.resident))
+
+    return Work("dump", call, 1, n, check, ((keys, n_sets * WAYS * 8),))
 
 
 def insert(
