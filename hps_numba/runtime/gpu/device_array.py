@@ -86,7 +86,15 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, items: slice) -> DeviceArray:
-        """Return some items of the first axis, in the same memory."""
+        """Return some items of the first axis, in the same memory.
+
+        Raises
+        ------
+        TypeError, IndexError
+            If these are no items that follow each other.
+        """
+        if not isinstance(items, slice):
+            raise TypeError("a device array is cut by slices; copy_to_host() has items")
         begin, end, step = items.indices(len(self))
         if step != 1:
             raise IndexError(f"a step of {step}: items have to follow each other")
@@ -95,7 +103,13 @@ class DeviceArray:
         return self._view(self.address + begin * row, shape)
 
     def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
-        """Return the same items in another shape, in the same memory."""
+        """Return the same items in another shape, in the same memory.
+
+        Raises
+        ------
+        ValueError
+            If it has another number of items.
+        """
         if math.prod(shape) != self.size:
             raise ValueError(f"shape {self.shape} does not become {shape}")
         return self._view(self.address, shape)
@@ -118,6 +132,9 @@ class DeviceArray:
         self._gpu.copy(host.ctypes.data, self.address, host.nbytes, self.stream)
         self._gpu.wait(self.stream)
         return host
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("the array is on a device; copy_to_host() brings it here")
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

@@ -109,6 +109,59 @@ def test_its_length_is_that_of_the_first_axis(gpu: Gpu) -> None:
         len(DeviceArray((), np.float32, gpu=gpu))
 
 
+def test_slices_are_in_the_same_memory(gpu: Gpu, stream: int) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    array = uploaded(gpu, values, stream)
+    for items in (slice(1, 3), slice(None), slice(-1, None), slice(2, 2), slice(3, 1)):
+        part = array[items]
+        want = values[items]
+        assert (part.shape, part.stream) == (want.shape, stream)
+        assert np.array_equal(part.copy_to_host(), want)
+    assert array[1:].address == array.address + values[0].nbytes
+    assert np.array_equal(array[1:][1:].copy_to_host(), values[2:])
+
+
+def test_a_slice_is_of_items_that_follow_each_other(gpu: Gpu) -> None:
+    array = DeviceArray((4, 2), np.float32, gpu=gpu)
+    with pytest.raises(IndexError, match="a step of 2"):
+        array[::2]
+    for one in (0, (0, 1), None):
+        with pytest.raises(TypeError, match="cut by slices"):
+            array[one]  # type: ignore[index]
+
+
+def test_another_shape_is_in_the_same_memory(gpu: Gpu) -> None:
+    values = np.arange(12)
+    array = uploaded(gpu, values)
+    other = array.reshape((2, 3, 2))
+    assert other.address == array.address
+    assert np.array_equal(other.copy_to_host(), values.reshape(2, 3, 2))
+    with pytest.raises(ValueError, match=r"\(12,\) does not become \(5, 2\)"):
+        array.reshape((5, 2))
+
+
+def test_memory_stays_while_there_is_a_slice_of_it(
+    gpu: Gpu, stream: int, fake: FakeDevice
+) -> None:
+    array = DeviceArray((8,), np.int64, gpu=gpu, stream=stream)
+    address = array.address
+    part = array[2:].reshape((3, 2))[1:]
+    del array
+    gc.collect()
+    gpu.wait(stream)
+    assert fake.find(address) == (address, 64)
+    assert part.address == address + 32
+    del part
+    gc.collect()
+    gpu.wait(stream)
+    assert fake.find(address) is None
+
+
+def test_numpy_does_not_take_it_by_the_way(gpu: Gpu) -> None:
+    with pytest.raises(TypeError, match=r"on a device; copy_to_host\(\) brings it"):
+        np.asarray(DeviceArray((2,), np.int64, gpu=gpu))
+
+
 def test_it_says_what_it_is(gpu: Gpu) -> None:
     array = DeviceArray((3, 2), np.float16, gpu=gpu)
     assert repr(array) == (
