@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         from bench.gpu.report import write_report
 
-        write_report(options.out)
+        print(write_report(options.out))
         return 0
     from bench.gpu.runs import run_all
 

@@ -161,7 +161,10 @@ class Sink:
         ValueError
             If it holds NaN or infinity.
         """
-        values = {k: v for k, v in dataclasses.asdict(line).items() if v not in _EMPTY}
+        values = dataclasses.asdict(line)
+        for name in ("marks", "ratios", "absent", "published"):
+            if not values[name]:
+                del values[name]
         text = json.dumps(
             {**values, **self._origin}, allow_nan=False, default=_plain_number
         )
@@ -169,9 +172,6 @@ class Sink:
         with (self.directory / f"{line.name}.jsonl").open("a") as file:
             file.write(text + "\n")
         self.lines.append(line)
-
-
-_EMPTY: tuple[Any, ...] = (None, (), {})
 
 
 def _plain_number(value: Any) -> Any:
