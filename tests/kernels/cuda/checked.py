@@ -85,12 +85,14 @@ class TimedLauncher(CpuLauncher):
 
 
 class CheckedCache:
-    """Runs each operation on the CPU and on the oracle, and compares.
+    """Runs each operation, on the CPU unless told, and on the oracle, and compares.
 
     Parameters
     ----------
     rows, tables, policy
         Of the cache.
+    memory, launcher
+        A ``Memory`` and a ``TimedLauncher``, or what does as they do on a device.
     options
         For ``cpuexec.run``.
     """
@@ -100,10 +102,13 @@ class CheckedCache:
         rows: RowLayout,
         tables: Sequence[TableLayout] = (TableLayout(n_sets=2, n_stamps=64),),
         policy: Policy = Policy.LRU,
+        *,
+        memory: Any = None,
+        launcher: Any = None,
         **options: Any,
     ) -> None:
-        self.memory = Memory()
-        self.launcher = TimedLauncher(self.memory, **options)
+        self.memory = memory or Memory()
+        self.launcher = launcher or TimedLauncher(self.memory, **options)
         self.cpu = CpuCache(
             rows, tables, policy, memory=self.memory, launcher=self.launcher
         )
