@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class TableSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tag", table_tag(self.model, self.name))
 
-    @property
+    @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The NumPy dtype of a stored row."""
         return np.dtype(self.dtype.value)

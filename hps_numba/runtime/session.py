@@ -55,7 +55,7 @@ class ServedModel:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take longer to make
 class Asked:
     """One table of one lookup, as the caller gave it."""
 

@@ -65,6 +65,7 @@ class Cache:
         self.policy = policy
         self.base = base
         self._launcher = launcher
+        self._query = query.query_kernel(layout.rows, policy)
 
     def kernels(self) -> Iterator[KernelSpec]:
         """Yield what the operations launch, to be compiled ahead.
@@ -121,8 +122,12 @@ class Cache:
             If there are more keys or tables than the workspace or the cache has.
         """
         batch.check(batch.n, work, len(self.layout.tables))
-        policy = self.policy if touch else Policy.STATIC
-        spec = query.query_kernel(self._rows_for(out), policy)
+        rows = self._rows_for(out)
+        if touch and rows is self.layout.rows:
+            spec = self._query
+        else:
+            policy = self.policy if touch else Policy.STATIC
+            spec = query.query_kernel(rows, policy)
         flags = FILL * fill | COUNT_UNIQUE * count_unique | UNCOUNTED * (not touch)
         base = self.base + TABLE_BYTES * batch.first_table
         args = (base, batch.offsets, batch.n, batch.keys, out, work.base, flags)
@@ -367,7 +372,7 @@ class Cache:
     def _rows_for(self, out: int) -> RowLayout:
         """Return the rows' layout for an output at this address."""
         rows = self.layout.rows
-        if out % rows.store_bytes == 0:
+        if out % 16 == 0 or out % rows.store_bytes == 0:
             return rows
         alignment = next(a for a in (8, 4, 2, 1) if out % a == 0)
         if alignment < rows.out_item_bytes:

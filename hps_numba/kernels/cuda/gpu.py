@@ -157,16 +157,18 @@ class Gpu:
         Copies from and to host memory that is not pinned may be waited for.
         """
         if n_bytes:
-            what = f"copy of {n_bytes:,} bytes"
-            self._call(
-                what, stream, driver.cuMemcpyAsync, target, source, n_bytes, stream
+            (status,) = self.launcher.on(
+                stream, driver.cuMemcpyAsync, target, source, n_bytes, stream
             )
+            if status:
+                checked((status,), f"copy of {n_bytes:,} bytes")
 
     def zero(self, target: int, n_bytes: int, stream: int) -> None:
         """Queue a clearing of device memory."""
         if n_bytes:
-            self._call(
-                "clearing", stream, driver.cuMemsetD8Async, target, 0, n_bytes, stream
+            call = driver.cuMemsetD8Async
+            checked(
+                self.launcher.on(stream, call, target, 0, n_bytes, stream), "memory"
             )
 
     def wait(self, stream: int) -> None:
@@ -177,10 +179,7 @@ class Gpu:
         LaunchError
             If any of it failed.
         """
-        self._call("device", stream, driver.cuStreamSynchronize, stream)
-
-    def _call(self, what: str, stream: int, call: Any, *args: Any) -> None:
-        checked(self.launcher.on(stream, call, *args), what)
+        checked(self.launcher.on(stream, driver.cuStreamSynchronize, stream), "device")
 
 
 def _finally(owner: Any, call: Callable[..., Any], *args: Any) -> Callable[[], Any]:

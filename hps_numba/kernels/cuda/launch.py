@@ -53,6 +53,12 @@ class _Loaded:
     free: list[PackedArguments] = field(default_factory=list)
 
 
+class _Threads(threading.local):
+    """Whether the calling thread has a context."""
+
+    entered = False
+
+
 class CudaLauncher:
     """Loads kernels onto one device and launches them.
 
@@ -84,7 +90,7 @@ class CudaLauncher:
         # guards loading; a dictionary is read without it
         self._lock = threading.Lock()
         self._loaded: dict[str, _Loaded] = {}
-        self._threads = threading.local()
+        self._threads = _Threads()
 
     def launch(
         self,
@@ -135,11 +141,13 @@ class CudaLauncher:
 
     def on(self, stream: int, call: Callable[..., _T], *args: Any) -> _T:
         """Call a function that works on a stream of this device."""
-        if stream <= _LAST_DEFAULT_STREAM:
-            with self.current():
-                return call(*args)
-        self._enter_thread()
-        return call(*args)
+        if not self._threads.entered:
+            self._enter_thread()
+        # A default stream is that of whichever device is current.
+        if stream > _LAST_DEFAULT_STREAM or self._is_current():
+            return call(*args)
+        with self.current():
+            return call(*args)
 
     def warm_up(
         self,
@@ -214,16 +222,19 @@ class CudaLauncher:
 
     def _enter_thread(self) -> None:
         """Give the calling thread a current context if it has none."""
-        if not getattr(self._threads, "entered", False):
+        if not self._threads.entered:
             if not int(checked(driver.cuCtxGetCurrent(), "thread")):
                 self.device.set_current()
             self._threads.entered = True
+
+    def _is_current(self) -> bool:
+        return int(checked(driver.cuCtxGetCurrent(), "thread")) == self._context
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make this device the thread's current one for a moment."""
         self._enter_thread()
-        if int(checked(driver.cuCtxGetCurrent(), "thread")) == self._context:
+        if self._is_current():
             yield
             return
         with _restored_context():

@@ -34,7 +34,7 @@ class Workspace:
     base: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take longer to make
 class Batch:
     """What a launch works on, in device memory.
 

@@ -28,7 +28,7 @@ _ON_HOST = (np.ndarray, list, tuple)
 _NUMERIC = "biufc"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take longer to make
 class DeviceView:
     """A contiguous array on a device, whoever made it.
 

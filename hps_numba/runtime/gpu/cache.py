@@ -71,7 +71,6 @@ class GpuCache:
                     group.prepare(gpu, stream)
             self.lanes = LanePool([Lane(gpu, lanes, staging) for _ in range(n_lanes)])
             kernels = [k for group in self.groups for k in group.cache.kernels()]
-            kernels += [k for group in self.groups for k in group.filling.kernels()]
             gpu.launcher.warm_up(dict.fromkeys(kernels), progress)
         self.block_rows = staging.n_rows
         self.tables = {

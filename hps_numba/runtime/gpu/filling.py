@@ -50,7 +50,7 @@ def fill(
             rows, found = table.read(keys)
             if not found.all():
                 keys, rows = keys[found], rows[found]
-            n_placed += cache.insert(keys, rows, epoch, evicting=False)
+            n_placed += cache.insert(keys, rows, epoch, make_room=False)
             n_keys, n_known = n_keys + found.size, n_known + keys.size
             if progress is not None:
                 progress(found.size)

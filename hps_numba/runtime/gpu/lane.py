@@ -9,8 +9,8 @@ with it then is waited for by the lane's next lookup, on the device.
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,10 @@ class GroupLane:
         self.offsets = host[n_keys * 8 :][: (n_tables + 1) * 8].view(np.uint64)
         results = host[layout.pinned_results :][: n_tables * 16].view(np.uint32)
         self.results: NDArray[np.uint32] = results.reshape(n_tables, 4)
+        # Their pinned addresses, and where the results come from: asked for each lookup.
+        self._keys_host = self._pinned.address
+        self._results_host = self._keys_host + layout.pinned_results
+        self._results_device = base + layout.work.results
 
     def prepare(self, stream: int) -> None:
         """Bring the workspace into its first state."""
@@ -70,29 +74,27 @@ class GroupLane:
 
     def send_keys(self, start: int, keys: Keys, stream: int) -> None:
         """Copy keys of the host to the device's keys from ``start`` on."""
-        part = self.keys[start : start + keys.size]
-        part[:] = keys
+        self.keys[start : start + keys.size] = keys
+        at = 8 * start
         self._gpu.copy(
-            self.keys_address + 8 * start, int(part.ctypes.data), part.nbytes, stream
+            self.keys_address + at, self._keys_host + at, 8 * keys.size, stream
         )
 
     def send_offsets(self, offsets: Sequence[int], stream: int) -> None:
         """Copy where each table's keys begin, and the end."""
         self.offsets[: len(offsets)] = offsets
-        address = int(self.offsets.ctypes.data)
-        self._gpu.copy(self.offsets_address, address, 8 * len(offsets), stream)
+        source = self._keys_host + 8 * self.layout.n_keys
+        self._gpu.copy(self.offsets_address, source, 8 * len(offsets), stream)
 
     def read_results(self, n_tables: int, stream: int) -> None:
         """Queue the copy of a query's results; wait for the stream before reading."""
-        source = self.workspace.base + self.layout.work.results
-        target = int(self.results.ctypes.data)
-        self._gpu.copy(target, source, 16 * n_tables, stream)
+        self._gpu.copy(self._results_host, self._results_device, 16 * n_tables, stream)
 
     def read_unique(self, start: int, n: int, stream: int) -> Keys:
         """Queue the copy of a table's unique missing keys, and return their place."""
-        part = self.keys[start : start + n]
-        self._gpu.copy(int(part.ctypes.data), self.unique(start), 8 * n, stream)
-        return part
+        target = self._keys_host + 8 * start
+        self._gpu.copy(target, self.unique(start), 8 * n, stream)
+        return self.keys[start : start + n]
 
     def unique(self, start: int) -> int:
         """Return the device's address of unique missing keys from ``start`` on."""
@@ -206,17 +208,17 @@ class LanePool:
         for lane in lanes:
             self._free.put(lane)
 
-    @contextmanager
-    def lane(self) -> Iterator[Lane]:
-        """Take a lane for a context."""
+    def take(self) -> Lane:
+        """Return a free lane, once there is one; ``give_back`` it in any case."""
         lane = self._free.get()
         if lane is None:
             self._free.put(None)
             raise ClosedError("the GPU cache is closed")
-        try:
-            yield lane
-        finally:
-            self._free.put(lane)
+        return lane
+
+    def give_back(self, lane: Lane) -> None:
+        """Let others take a lane."""
+        self._free.put(lane)
 
     def close(self) -> None:
         """Wait for all lanes and close them; the second call does nothing."""

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 from typing import Any
 
-from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.launch import stream_handle
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.gpu.cache import GpuCache
@@ -76,15 +75,15 @@ class GpuPath:
                 for one in asked
             ]
             on_host = not any(part.on_device for part in parts)
+            lane = cache.lanes.take()
             try:
-                with cache.lanes.lane() as lane:
-                    self._run(parts, lane, lane.stream if on_host else handle)
-            except ClosedError:
-                raise
+                self._run(parts, lane, lane.stream if on_host else handle)
             except BaseException:
                 for part in parts:
                     part.asked.table.counters.add(errors=1)
                 raise
+            finally:
+                cache.lanes.give_back(lane)
         for part in parts:
             part.count(perf_counter_ns() - begin_ns)
         return [part.result for part in parts]

@@ -25,7 +25,6 @@ from hps_numba.kernels.cuda.layout import (
     WAYS,
     CacheLayout,
     Outcome,
-    Policy,
 )
 from hps_numba.runtime.gpu.errors import device_errors
 from hps_numba.runtime.gpu.sizing import GroupPlan
@@ -59,8 +58,6 @@ class Group:
         The operations, with rows that are handed out as float32.
     stored
         The same, with rows that are handed out as they are stored.
-    filling
-        The same, with inserts that make no other row leave.
     """
 
     def __init__(self, gpu: Gpu, plan: GroupPlan) -> None:
@@ -71,7 +68,6 @@ class Group:
         as_stored = replace(layout, rows=replace(layout.rows, out=layout.rows.stored))
         self.cache = Cache(layout, plan.policy, base=base, launcher=launcher)
         self.stored = Cache(as_stored, plan.policy, base=base, launcher=launcher)
-        self.filling = Cache(layout, Policy.STATIC, base=base, launcher=launcher)
 
     @property
     def base(self) -> int:
@@ -145,7 +141,7 @@ class TableCache:
         return self.n_sets * WAYS
 
     def insert(
-        self, keys: Keys, rows: Rows, epoch: int, *, evicting: bool = True
+        self, keys: Keys, rows: Rows, epoch: int, *, make_room: bool = True
     ) -> int:
         """Insert unique keys; return how many are in the cache with these rows.
 
@@ -155,23 +151,23 @@ class TableCache:
             Unique keys, and their rows as they are stored.
         epoch
             The epoch from before the rows were read; later updates win.
-        evicting
+        make_room
             Whether other rows may have to leave. If not, what finds no room is left
             out.
         """
-        cache = self.group.cache if evicting else self.group.filling
         stored = 0
         for part in self._parts(keys):
             outcomes = self._write(
                 keys[part],
                 rows[part],
-                lambda staged, stream, n: cache.insert(
+                lambda staged, stream, n: self.group.cache.insert(
                     self.index,
                     n,
                     keys=staged.keys_address,
                     values=staged.base,
                     epoch=epoch,
                     outcomes=staged.outcomes_address,
+                    make_room=make_room,
                     stream=stream,
                 ),
             )
