@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.support.fakegpu import shim
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -33,14 +36,81 @@ EXPECTED = {
     "migrate_from_hps.py": ["OUTPUT0: (4180,)", "right rows: True"],
 }
 
+ON_A_DEVICE = [
+    "on the host: (2, 4, 8) True",
+    "found: [[True, True, True, True], [True, True, True, False]]",
+    "on the device: True",
+    "updated: [1. 1. 1.]",
+    "some were missing: True",
+    "prepared: True",
+    "missing now: 0",
+]
+
+# By the library that they need, and its distribution.
+WITH_A_LIBRARY = {
+    "gpu_torch.py": ("torch", "PyTorch"),
+    "gpu_cupy.py": ("cupy", "CuPy"),
+}
+WITH_A_LIBRARY_EXPECTED = {
+    "gpu_torch.py": [
+        "into a tensor: True",
+        "from an array: True",
+        "on a stream: True",
+        "from a graph: True",
+        "same scores: True",
+    ],
+    "gpu_cupy.py": [
+        "users: cupy (512, 16) True",
+        "items: cupy (512, 10, 16) True",
+        "scores: (512, 10)",
+        "on a stream: cupy (512, 16) True",
+        "from a graph: cupy (512, 16) True",
+    ],
+}
+
+
+@pytest.fixture
+def lines_missing(tmp_path, monkeypatch, capsys):
+    """Return what runs an example, and tells which promised lines it did not print."""
+
+    def run(name: str, promised: list[str]) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        printed = capsys.readouterr().out.splitlines()
+        return [line for line in promised if line not in printed]
+
+    return run
+
 
 def test_every_example_is_run():
-    assert sorted(EXPECTED) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+    run = [*EXPECTED, "gpu_cache.py", *WITH_A_LIBRARY]
+    assert sorted(run) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_an_example_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    printed = capsys.readouterr().out.splitlines()
-    assert [line for line in EXPECTED[name] if line not in printed] == []
+def test_an_example_prints_what_it_promises(name, lines_missing):
+    assert lines_missing(name, EXPECTED[name]) == []
+
+
+@pytest.mark.device
+def test_the_example_of_the_gpu_cache_prints_what_it_promises(lines_missing):
+    assert lines_missing("gpu_cache.py", ON_A_DEVICE) == []
+
+
+@pytest.mark.parametrize("name", sorted(WITH_A_LIBRARY))
+def test_an_example_without_its_library_says_so(name, lines_missing, monkeypatch):
+    module, title = WITH_A_LIBRARY[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=f"this example needs {title}: pip install"):
+        lines_missing(name, [])
+
+
+if shim.real_driver():  # neither library works over the stand-in
+
+    @pytest.mark.device
+    @pytest.mark.parametrize(
+        "name",
+        [n for n, (module, _) in WITH_A_LIBRARY.items() if find_spec(module)],
+    )
+    def test_an_example_works_with_its_library(name, lines_missing):
+        assert lines_missing(name, WITH_A_LIBRARY_EXPECTED[name]) == []
