@@ -274,9 +274,12 @@ def test_an_estimate_names_the_bytes_of_each_gpu(config: Path) -> None:
     lines = run("deploy", config, "--estimate").stdout.splitlines()
     assert lines[0].endswith("bytes a GPU  rows in GPU")
     assert lines[2].split()[5:] == [f"{parts[1]:,}", "28"]
+    buffers = told["gpu_buffer_bytes"]["0"]
+    assert buffers > 0
     assert lines[4:] == [
-        f"GPU 0: {sum(parts):,} bytes for caches",
-        f"GPU 3: {sum(parts):,} bytes for caches",
+        f"GPU 0: {sum(parts):,} bytes for caches, {buffers:,} for buffers",
+        f"GPU 3: {sum(parts):,} bytes for caches, {buffers:,} for buffers",
+        f"pinned host memory: {told['pinned_bytes']:,} bytes for buffers",
     ]
 
 

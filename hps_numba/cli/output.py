@@ -61,7 +61,12 @@ def print_estimate(expected: Estimate) -> None:
     ]
     _print_columns(header, lines, right=set(header[1:]))
     for device, n_bytes in expected.gpu_bytes.items():
-        typer.echo(f"GPU {device}: {n_bytes:,} bytes for caches")
+        buffers = expected.gpu_buffer_bytes[device]
+        typer.echo(
+            f"GPU {device}: {n_bytes:,} bytes for caches, {buffers:,} for buffers"
+        )
+    if expected.pinned_bytes:
+        typer.echo(f"pinned host memory: {expected.pinned_bytes:,} bytes for buffers")
 
 
 def print_deployment(tables: Sequence[DeployedTable]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hps_numba.config import DatabaseType, InferenceParams, ParameterServerConfig
+from hps_numba.runtime.gpu.lane_layout import buffer_bytes
 from hps_numba.runtime.gpu.sizing import CachePlan, plan_cache
 from hps_numba.runtime.gpu.warming import frequency_file
 from hps_numba.tiers.host_table import Overflow, bytes_for_rows
@@ -39,6 +40,8 @@ class Estimate:
     disk_bytes: int
     host_budget_bytes: int | None
     gpu_bytes: dict[int, int]  # of all caches on a device, by device
+    gpu_buffer_bytes: dict[int, int]  # of the buffers of lookups and writes there
+    pinned_bytes: int  # of the same buffers in host memory, for all devices
 
 
 def overflow_of(config: ParameterServerConfig) -> Overflow:
@@ -86,12 +89,29 @@ def estimate(config: ParameterServerConfig) -> Estimate:
                 gpu_devices=config.model(spec.model).deployed_devices if plan else (),
             )
         )
+    buffers = {
+        params.model_name: buffer_bytes(
+            plans[params.model_name],
+            config.volatile_db.max_batch_size,
+            params.number_of_worker_buffers_in_pool,
+        )
+        for params in config.models
+        if params.model_name in plans
+    }
     return Estimate(
         tables=tuple(tables),
         host_bytes=sum(t.host_bytes for t in tables),
         disk_bytes=sum(t.disk_bytes for t in tables),
         host_budget_bytes=config.volatile_db.max_bytes,
-        gpu_bytes=_by_device(tables),
+        gpu_bytes=_by_device((t.gpu_devices, t.gpu_bytes) for t in tables),
+        gpu_buffer_bytes=_by_device(
+            (config.model(name).deployed_devices, each.device)
+            for name, each in buffers.items()
+        ),
+        pinned_bytes=sum(
+            len(config.model(name).deployed_devices) * each.pinned
+            for name, each in buffers.items()
+        ),
     )
 
 
@@ -146,12 +166,13 @@ def _plans(
     return plans
 
 
-def _by_device(tables: Sequence[TableEstimate]) -> dict[int, int]:
-    n_bytes: dict[int, int] = {}
-    for table in tables:
-        for device in table.gpu_devices:
-            n_bytes[device] = n_bytes.get(device, 0) + table.gpu_bytes
-    return dict(sorted(n_bytes.items()))
+def _by_device(parts: Iterable[tuple[Sequence[int], int]]) -> dict[int, int]:
+    """Return sums by device, of bytes that each of some devices has."""
+    sums: dict[int, int] = {}
+    for devices, n_bytes in parts:
+        for device in devices:
+            sums[device] = sums.get(device, 0) + n_bytes
+    return dict(sorted(sums.items()))
 
 
 def _needs(

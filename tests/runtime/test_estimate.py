@@ -12,6 +12,7 @@ import pytest
 
 import hps_numba as hps
 from hps_numba.config import InferenceParams, ParameterServerConfig
+from hps_numba.runtime.gpu.lane_layout import buffer_bytes, lane_layouts
 from hps_numba.runtime.gpu.sizing import plan_cache
 from hps_numba.tiers.model_files import write_model_directory
 
@@ -61,6 +62,20 @@ def test_a_table_takes_its_part_of_the_plan_on_every_device(files: str) -> None:
         2: plans[0].n_bytes + plans[1].n_bytes,
     }
     assert plans[1].n_bytes <= 400_000
+    a, b = (buffer_bytes(plan, 65_536, 1) for plan in plans)
+    assert told.gpu_buffer_bytes == {0: a.device, 2: a.device + b.device}
+    assert told.pinned_bytes == 2 * a.pinned + b.pinned
+
+
+def test_each_lookup_at_a_time_has_buffers_of_its_own(files: str) -> None:
+    plan = plan_cache(model("a", files), [1000, 0])
+    one, three = (buffer_bytes(plan, 64, n) for n in (1, 3))
+    lanes, block = lane_layouts(plan, 64)
+    lane = sum(each.device_bytes for each in lanes) + 2 * block.n_bytes
+    assert three.device - one.device == 2 * lane
+    # A block has 64 rows, each with its key, a mark and an outcome.
+    assert block.n_bytes >= 64 * (block.row_bytes + 8 + 1 + 1)
+    assert one.device == lane + block.n_bytes
 
 
 def test_a_cache_that_cannot_be_is_refused_before_anything_is_opened(

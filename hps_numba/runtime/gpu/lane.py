@@ -58,7 +58,7 @@ class GroupLane:
         self.offsets = host[n_keys * 8 :][: (n_tables + 1) * 8].view(np.uint64)
         results = host[layout.pinned_results :][: n_tables * 16].view(np.uint32)
         self.results: NDArray[np.uint32] = results.reshape(n_tables, 4)
-        # Their pinned addresses, and where the results come from: asked for each lookup.
+        # Pinned addresses, and where the results come from: needed by each lookup.
         self._keys_host = self._pinned.address
         self._results_host = self._keys_host + layout.pinned_results
         self._results_device = base + layout.work.results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from hps_numba.kernels.cuda.layout import MAX_KEYS, WAYS, WorkLayout, aligned
 from hps_numba.runtime.gpu.sizing import CachePlan
@@ -111,8 +112,18 @@ def lane_layouts(
     return lanes, StagingLayout(n_rows, row_bytes)
 
 
-def buffer_bytes(plan: CachePlan, block_rows: int, n_lanes: int) -> int:
-    """Return the device bytes of a cache's lanes and of its writer."""
+class Buffers(NamedTuple):
+    """Bytes of a cache's buffers, on its device and of pinned host memory."""
+
+    device: int
+    pinned: int
+
+
+def buffer_bytes(plan: CachePlan, block_rows: int, n_lanes: int) -> Buffers:
+    """Return the bytes of a cache's lanes, and of the block that writes go through."""
     lanes, staging = lane_layouts(plan, block_rows)
-    lane = sum(layout.device_bytes for layout in lanes) + 2 * staging.n_bytes
-    return n_lanes * lane + staging.n_bytes
+    blocks = (2 * n_lanes + 1) * staging.n_bytes
+    return Buffers(
+        n_lanes * sum(layout.device_bytes for layout in lanes) + blocks,
+        n_lanes * sum(layout.pinned_bytes for layout in lanes) + blocks,
+    )
