@@ -62,7 +62,7 @@ def test_a_table_takes_its_part_of_the_plan_on_every_device(files: str) -> None:
         2: plans[0].n_bytes + plans[1].n_bytes,
     }
     assert plans[1].n_bytes <= 400_000
-    a, b = (buffer_bytes(plan, 65_536, 1) for plan in plans)
+    a, b = (buffer_bytes(plan, 65_536, 1) for plan in plans[:2])
     assert told.gpu_buffer_bytes == {0: a.device, 2: a.device + b.device}
     assert told.pinned_bytes == 2 * a.pinned + b.pinned
 
