@@ -91,7 +91,8 @@ class GpuPath:
     def prepare(self, sizes: Mapping[str, int]) -> PreparedLookup:
         """Return a lookup of fixed sizes; see ``LookupSession.prepare``."""
         tables = {name: self._model.table(name) for name in sizes}
-        return PreparedLookup(self._cache, tables, sizes, self._pipeline)
+        gate = self._model.gate
+        return PreparedLookup(self._cache, tables, sizes, self._pipeline, gate)
 
     def _run(self, parts: list[Part], lane: Lane, stream: int) -> None:
         queries = GroupQuery.of(parts, self._cache, lane)

@@ -11,6 +11,7 @@ import numpy as np
 
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.launch import CudaStream, stream_handle
+from hps_numba.runtime.gate import Gate
 from hps_numba.runtime.gpu.cache import GpuCache
 from hps_numba.runtime.gpu.errors import device_errors
 from hps_numba.runtime.gpu.misses import Misses, Missing
@@ -38,7 +39,8 @@ class PreparedLookup:
 
     Notes
     -----
-    For one launch at a time; not thread-safe. The session's model has to outlive it.
+    For one launch at a time; not thread-safe. A graph must not be replayed once the
+    lookup, its model or the server is closed: its memory is gone then.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class PreparedLookup:
         tables: Mapping[str, Hierarchy],
         sizes: Mapping[str, int],
         pipeline: Pipeline,
+        gate: Gate,
     ) -> None:
-        self._cache, self._pipeline = cache, pipeline
+        self._cache, self._pipeline, self._gate = cache, pipeline, gate
         self._closed = False
         self.keys: dict[str, Any] = dict.fromkeys(sizes)
         self.rows: dict[str, Any] = dict.fromkeys(sizes)
@@ -75,12 +78,12 @@ class PreparedLookup:
         Raises
         ------
         ClosedError
-            If the lookup was closed.
+            If the lookup or its model was closed.
         DeviceError
             If the device refuses the launch.
         """
         handle = self._handle(stream)
-        with device_errors("a prepared lookup"):
+        with self._gate, device_errors("a prepared lookup"):
             for query in self._queries:
                 query.launch(handle, threshold=0.0)
 
@@ -104,10 +107,10 @@ class PreparedLookup:
         DeviceError
             If the device failed.
         ClosedError
-            If the lookup was closed.
+            If the lookup or its model was closed.
         """
         begin_ns, handle = perf_counter_ns(), self._handle(stream)
-        with device_errors("a prepared lookup"):
+        with self._gate, device_errors("a prepared lookup"):
             for query in self._queries:
                 query.read_results(handle)
             self._cache.gpu.wait(handle)

@@ -83,7 +83,6 @@ class Part:
         self.found: Mask | None = None
         if asked.found is not None:
             self.found = as_flags(asked.found, shape, spec).reshape(-1)
-            self.found.fill(True)
         self.start = 0
         self.n_defaults = self.n_deferred = self.n_joined = 0
         self.degraded = False
@@ -122,7 +121,8 @@ class GroupQuery:
     Raises
     ------
     ValueError
-        If there are more keys than a lane has room for, or outputs of two types.
+        If there are more keys than a lane has room for, outputs of two types, or two
+        parts of one table.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class GroupQuery:
         self.first_table = first.cache.index
         self.n_tables = last.cache.index - self.first_table + 1
         self.n_keys = 0
-        for part in self.parts:
+        for i, part in enumerate(self.parts):
+            if i and part.cache is self.parts[i - 1].cache:
+                raise ValueError(f"table {part.cache.spec.tag} is asked for twice")
             part.start = self.n_keys
             self.n_keys += part.n_keys
             if part.dtype != first.dtype:
@@ -169,6 +171,8 @@ class GroupQuery:
         """Bring the keys together on the device, and make room for their rows."""
         parts, lane = self.parts, self.lane
         for part in parts:
+            if part.found is not None:
+                part.found.fill(True)
             for given in (part.keys, part.out):
                 if isinstance(given, DeviceView):
                     order(given, stream, self._gpu)
