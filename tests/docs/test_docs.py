@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 )
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# An excerpt of an example runs there.
+BLOCK = re.compile(r"(?<! -->\n)^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+ON_A_DEVICE = ("docs/gpu.md",)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 COMMAND = re.compile(r"^\$ (hps-numba|make) ([a-z-]+)", re.MULTILINE)
 
@@ -23,8 +26,14 @@ def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def marked(page: Path) -> Any:
+    name = page_id(page)
+    marks = [pytest.mark.device] if name in ON_A_DEVICE else []
+    return pytest.param(page, id=name, marks=marks)
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=page_id
+    "page", [marked(p) for p in PAGES if BLOCK.search(p.read_text())]
 )
 def test_python_blocks_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
