@@ -17,6 +17,7 @@ from hps_numba.tiers.base import Tier
 from tests.oracle import versioned_rows
 from tests.runtime.deployments import Table, model, server_config
 from tests.runtime.gpu.foreign import Described, description
+from tests.support.fakegpu.device import FakeDevice
 
 _INT64 = np.iinfo(np.int64)
 EDGES = np.array([-1, _INT64.min, _INT64.max])
@@ -90,8 +91,9 @@ def gpu_server(
 def rows_for(table: Table, keys: ArrayLike, dtype: Any = np.float32) -> Any:
     """Return the rows that a lookup of keys of any shape has to give."""
     array = np.asarray(keys).astype(np.int64)
-    rows = versioned_rows(array, table.version, table.dim, dtype)
-    return np.where(known(table, array)[..., None], rows, dtype(table.default))
+    rows = versioned_rows(array, table.version, table.dim)
+    found = known(table, array)[..., None]
+    return np.where(found, rows, np.float32(table.default)).astype(dtype)
 
 
 def known(table: Table, keys: ArrayLike) -> Any:
@@ -186,3 +188,8 @@ def hold(server: HPS, tables: Iterable[Table], device: int = 0) -> None:
     for table in tables:
         for low in range(0, table.keys.size, MAX_KEYS):
             session.lookup(table.name, table.keys[low : low + MAX_KEYS])
+
+
+def launched(fake: FakeDevice, since: int = 0) -> list[str]:
+    """Return the operations whose kernels ran since a place in the list, in order."""
+    return [name.split("_")[0] for name in fake.launches[since:]]
