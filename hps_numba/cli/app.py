@@ -213,6 +213,9 @@ def demo(  # noqa: PLR0913 -- one parameter per option
     seed: Annotated[
         int, typer.Option(help="Decides which rows are updated, and when.")
     ] = 20130101,
+    gpu: Annotated[
+        bool, typer.Option("--gpu/--no-gpu", help="Use the GPU cache if there is one.")
+    ] = True,
 ) -> None:
     """Replay real requests while rows are updated, and check every returned row."""
     from hps_numba.demo import run
@@ -226,5 +229,6 @@ def demo(  # noqa: PLR0913 -- one parameter per option
         update_share=update_share,
         host_share=host_share,
         seed=seed,
+        gpu=gpu,
     )
     raise typer.Exit(run(options))

@@ -28,14 +28,18 @@ _OWN_ENTRIES = (CONFIG_FILE, REPORT_FILE, PLOT_FILE, _MODEL_DIR, _DATABASE_DIR)
 _MARKER = ".hps-numba-demo"
 
 _MIN_HOST_BYTES = 256 << 10  # of one table: its index and stamps take most of this
+_GPU_SHARE = 0.2  # of the rows
+_WAIT_FOR_ALL = 1.1  # a hit rate that is never reached: every row is fetched
+_LOOKUPS_AT_ONCE = 2  # of the replay, and of the updater
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A configuration, and the bytes of host memory that it grants."""
+    """A configuration, the bytes of host memory that it grants, and its GPU."""
 
     config: Path
     host_bytes: int
+    gpu: str | None = None
 
 
 @contextmanager
@@ -78,9 +82,21 @@ def _remove_own(path: Path) -> None:
 
 
 def write_deployment(
-    workload: Workload, output: Path, *, host_share: float
+    workload: Workload, output: Path, *, host_share: float, gpu: str | None = None
 ) -> Deployment:
-    """Write the model directories and ``ps.json``."""
+    """Write the model directories and ``ps.json``.
+
+    Parameters
+    ----------
+    workload
+        The tables.
+    output
+        Where they are written.
+    host_share
+        Bytes of host memory, as a share of the rows' bytes.
+    gpu
+        Name of device 0, which gets a cache; None for none.
+    """
     for table in workload.tables:
         keys = table.ids[table.trained]
         rows = known_rows(
@@ -92,9 +108,10 @@ def write_deployment(
         for table in workload.tables
     ]
     config = _configuration(workload, output, host_bytes)
+    config["models"][0] |= _cache() if gpu else {"gpucache": False}
     path = output / CONFIG_FILE
     path.write_text(json.dumps(config, indent=2) + "\n")
-    return Deployment(path, sum(host_bytes))
+    return Deployment(path, sum(host_bytes), gpu)
 
 
 def _model_directory(output: Path, table: TableLoad) -> Path:
@@ -136,5 +153,14 @@ def _model(workload: Workload, output: Path, host_bytes: list[int]) -> dict[str,
         "host_bytes_per_table": host_bytes,
         "max_batch_size": workload.batch,
         "deployed_device_list": [0],
-        "gpucache": False,
+    }
+
+
+def _cache() -> dict[str, Any]:
+    return {
+        "gpucache": True,
+        "require_gpu": True,
+        "gpucacheper": _GPU_SHARE,
+        "hit_rate_threshold": _WAIT_FOR_ALL,
+        "num_of_worker_buffer_in_pool": _LOOKUPS_AT_ONCE,
     }

@@ -21,6 +21,7 @@ from hps_numba.demo.replay import ReplayResult, replay, sweep
 from hps_numba.demo.report import Outcome, as_json, summary
 from hps_numba.demo.updater import Updater, plan_updates
 from hps_numba.demo.workload import build_workload
+from hps_numba.runtime.gpu.devices import device_name
 from hps_numba.runtime.hps import HPS
 
 
@@ -68,7 +69,10 @@ class _Run:
             self._workload = build_workload(options)
         with bars.step("writing model directories"):
             self._deployment = write_deployment(
-                self._workload, output, host_share=options.host_share
+                self._workload,
+                output,
+                host_share=options.host_share,
+                gpu=device_name() if options.gpu else None,
             )
         self._ledgers = {t.name: VersionLedger(t) for t in self._workload.tables}
 
@@ -92,6 +96,7 @@ class _Run:
             updates=updater.records,
             stats=stats,
             host_budget_bytes=self._deployment.host_bytes,
+            gpu=self._deployment.gpu,
             checks=checks,
             phases_s=self._bars.seconds,
         )

@@ -30,6 +30,8 @@ class DemoOptions:
         Bytes of host memory, as a share of the bytes of all tables, above 0.
     seed
         Decides which rows are updated, and when.
+    gpu
+        Look up through the GPU cache if there is a GPU.
 
     Raises
     ------
@@ -44,6 +46,7 @@ class DemoOptions:
     update_share: float = 0.05
     host_share: float = 0.35
     seed: int = 20130101
+    gpu: bool = True
 
     def __post_init__(self) -> None:
         if self.requests is not None and self.requests < 1:

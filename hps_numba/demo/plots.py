@@ -204,11 +204,12 @@ def _draw_distribution(axes: Axes, outcome: Outcome) -> None:
 
 def _draw_sources(axes: Axes, outcome: Outcome) -> None:
     samples = outcome.replay.samples
-    keys, host, defaults = (
+    keys, upper, defaults = (
         np.diff([getattr(sample, name) for sample in samples])
-        for name in ("keys", "host_hits", "defaults")
+        for name in ("keys", "upper_hits", "defaults")
     )
-    shares = np.stack([host, keys - host - defaults, defaults]) * 100 / keys
+    shares = np.stack([upper, keys - upper - defaults, defaults]) * 100 / keys
+    first, *below = (tier.title for tier in outcome.tiers())
     ends = np.array([sample.request for sample in samples])
     times, label = _times(outcome, ends)
     # Each interval is drawn from its beginning to its end.
@@ -216,7 +217,7 @@ def _draw_sources(axes: Axes, outcome: Outcome) -> None:
         np.repeat(times, 2)[1:-1],
         np.repeat(shares, 2, axis=1),
         colors=[_BLUE, _ORANGE, _GREY],
-        labels=["host memory", "RocksDB", "default row"],
+        labels=[first, " and ".join(below), "default row"],
         linewidth=0,
     )
     _mark_cut_off(axes, outcome)

@@ -36,11 +36,15 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class SourceSample:
-    """Where the rows of all requests up to one came from, counted per occurrence."""
+    """Where the rows of all requests up to one came from, counted per occurrence.
+
+    ``upper_hits`` are of the upper tier, the GPU cache or else host memory: those below
+    it count each key of a request once.
+    """
 
     request: int
     keys: int
-    host_hits: int
+    upper_hits: int
     defaults: int
 
 
@@ -187,10 +191,9 @@ def _sample(server: HPS, workload: Workload, request: int) -> SourceSample:
     """Read the server's counters."""
     stats = server.stats()
     tables = [stats.table(workload.model, table.name) for table in workload.tables]
-    uses = [use for table in tables for use in table.tiers]
     return SourceSample(
         request=request,
         keys=sum(table.keys for table in tables),
-        host_hits=sum(use.hits for use in uses if use.tier == "host"),
+        upper_hits=sum(table.tiers[0].hits for table in tables),
         defaults=sum(table.defaults for table in tables),
     )

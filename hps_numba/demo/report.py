@@ -21,7 +21,7 @@ from hps_numba.demo.workload import Workload
 if TYPE_CHECKING:
     from hps_numba.runtime.stats import ServerStats
 
-_TIER_TITLES = {"host": "host memory", "rocksdb": "RocksDB"}
+_TIER_TITLES = {"gpu:0": "GPU cache", "host": "host memory", "rocksdb": "RocksDB"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class TierFigures:
     bytes: int
     evictions: int
 
+    @property
+    def title(self) -> str:
+        """The tier's name, for people."""
+        return _TIER_TITLES.get(self.tier, self.tier)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -77,6 +82,8 @@ class Outcome:
         The server's counters at the end of the replay.
     host_budget_bytes
         What the configuration grants the tables in host memory.
+    gpu
+        Name of the GPU that had a cache; None if there was none.
     checks
         What was checked, by occasion; ``replay`` is the first.
     phases_s
@@ -88,6 +95,7 @@ class Outcome:
     updates: Sequence[UpdateRecord]
     stats: ServerStats
     host_budget_bytes: int
+    gpu: str | None
     checks: dict[str, Tally]
     phases_s: dict[str, float]
 
@@ -102,8 +110,11 @@ class Outcome:
     @property
     def path(self) -> str:
         """The tiers that keys went through, for people."""
-        titles = [_TIER_TITLES.get(tier.tier, tier.tier) for tier in self.tiers()]
-        return f"{' + '.join(titles)}, no GPU"
+        titles = [tier.title for tier in self.tiers()]
+        if self.gpu is None:
+            return f"{' + '.join(titles)}, no GPU"
+        cache, *below = titles
+        return f"{cache} over {' + '.join(below)} on {self.gpu}"
 
     @property
     def keys_per_s(self) -> float:
@@ -146,7 +157,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "hps_numba": __version__,
         "path": outcome.path,
-        "machine": _machine(),
+        "machine": _machine() | {"gpu": outcome.gpu},
         "data": _data(outcome.workload),
         "host_budget_bytes": outcome.host_budget_bytes,
         "requests": len(replay.requests),
@@ -265,15 +276,20 @@ def _request_lines(outcome: Outcome) -> Iterator[tuple[str, str, str]]:
 
 
 def _tier_line(tier: TierFigures, outcome: Outcome) -> tuple[str, str, str]:
-    title = _TIER_TITLES.get(tier.tier, tier.tier)
     detail = f"{tier.hits:,} of {tier.asked:,} keys asked"
-    if tier.tier == "host":
+    if tier.tier.startswith("gpu"):
+        detail += (
+            f"; {tier.rows:,} rows in {_mib(tier.bytes)}; {tier.evictions:,} evictions"
+        )
+    elif tier.tier == "host":
+        if outcome.gpu is not None:
+            detail += ", each once per request"
         share = outcome.host_budget_bytes / outcome.workload.model_bytes
         budget = f"{_mib(outcome.host_budget_bytes)}, {share:.0%} of the rows' bytes"
         detail += f"; budget {budget}; {tier.evictions:,} evictions"
     else:
         detail += ", each once per request"
-    return (f"{title} hit rate", f"{tier.hit_rate:.2%}", detail)
+    return (f"{tier.title} hit rate", f"{tier.hit_rate:.2%}", detail)
 
 
 def _update_lines(outcome: Outcome) -> Iterator[tuple[str, str, str]]:

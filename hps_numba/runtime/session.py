@@ -174,7 +174,8 @@ class LookupSession:
             If the server is closed.
         """
         with self._model.gate:
-            if not isinstance(tables, Mapping):
+            # Asked for first: it takes longer to tell that something is no mapping.
+            if isinstance(tables, str) or not isinstance(tables, Mapping):
                 if keys is None:
                     raise TypeError(
                         "keys are missing; pass them beside the table's name"

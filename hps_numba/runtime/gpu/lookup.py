@@ -57,13 +57,14 @@ class GpuPath:
         self._pipeline = pipeline
         self._deferred = deferred
         self._threshold = model.params.hit_rate_threshold
+        self._errors = device_errors(f"model {model.name!r}")
 
     def run(self, asked: Sequence[Asked], stream: Any) -> list[Any]:
         """Return the rows of each table's keys; see ``LookupSession.lookup``."""
         begin_ns = perf_counter_ns()
         cache = self._cache
         handle = stream if isinstance(stream, int) else stream_handle(stream)
-        with device_errors(f"model {self._model.name!r}"):
+        with self._errors:
             parts = [
                 Part(
                     one,
