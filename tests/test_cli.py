@@ -359,10 +359,10 @@ def test_demo_passes_its_options_and_exit_code_on(
     monkeypatch.setattr("hps_numba.demo.run", stand_in)
     assert run("demo").exit_code == exit_code
     options = "--output o --requests 3 --batch 4 --trace t --update-share 0.5"
-    run("demo", *options.split(), *["--host-share", "0.25", "--seed", "9"])
+    run("demo", *options.split(), *["--host-share", "0.25", "--seed", "9", "--no-gpu"])
     assert given == [
         DemoOptions(),
-        DemoOptions(Path("o"), 3, 4, Path("t"), 0.5, 0.25, 9),
+        DemoOptions(Path("o"), 3, 4, Path("t"), 0.5, 0.25, 9, gpu=False),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from hps_numba.demo.values import known_rows
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
+on_the_host = partial(DemoOptions, gpu=False)
+
 
 @pytest.fixture(scope="module")
 def flights_run(tmp_path_factory):
     """Run twelve requests; return the exit code, the directory and the report."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    code = run(DemoOptions(output=output, requests=12, batch=256, update_share=0.1))
+    code = run(on_the_host(output=output, requests=12, batch=256, update_share=0.1))
     return code, output, json.loads((output / "report.json").read_text())
 
 
@@ -91,7 +94,7 @@ def test_the_plot_is_a_picture(flights_run):
 
 def test_the_table_says_what_ran_and_what_was_found(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    assert run(DemoOptions(output=tmp_path / "out", requests=2, batch=64)) == 0
+    assert run(on_the_host(output=tmp_path / "out", requests=2, batch=64)) == 0
     printed = capsys.readouterr().out
     for part in (
         "host memory + RocksDB, no GPU",
@@ -108,7 +111,7 @@ def test_the_table_says_what_ran_and_what_was_found(tmp_path, capsys, monkeypatc
 
 
 def test_a_second_run_in_the_same_directory_starts_afresh(tmp_path):
-    options = DemoOptions(output=tmp_path / "out", requests=2, batch=64)
+    options = on_the_host(output=tmp_path / "out", requests=2, batch=64)
     assert run(options) == 0
     assert run(options) == 0
 
@@ -126,7 +129,7 @@ def test_a_wrong_row_in_a_model_directory_ends_with_1(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(job, "write_deployment", write_and_damage)
     output = tmp_path / "out"
-    code = run(DemoOptions(output=output, requests=2, batch=64, update_share=0.0))
+    code = run(on_the_host(output=output, requests=2, batch=64, update_share=0.0))
     report = json.loads((output / "report.json").read_text())
     assert code == 1
     assert report["wrong_rows"] > 0
@@ -151,7 +154,7 @@ def test_an_old_row_in_the_server_ends_with_1(tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "sweep", undo_and_sweep)
     output = tmp_path / "out"
-    assert run(DemoOptions(output=output, requests=4, batch=64)) == 1
+    assert run(on_the_host(output=output, requests=4, batch=64)) == 1
     checks = json.loads((output / "report.json").read_text())["checks"]
     assert checks["in the replay"]["wrong_rows"] == 0
     assert checks["after a restart"]["wrong_by_kind"] == {"stale version": 1}
@@ -167,19 +170,57 @@ def test_a_failing_lookup_ends_the_run_and_its_updater(tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "replay", replay)
     with pytest.raises(BrokenError):
-        run(DemoOptions(output=tmp_path / "out", requests=2, batch=64))
+        run(on_the_host(output=tmp_path / "out", requests=2, batch=64))
+
+
+def write_trace(path, n_ids=3000, n_keys=20_000):
+    rng = np.random.default_rng(3)
+    ids = rng.integers(-(1 << 63), 1 << 63, n_ids)
+    np.save(path, ids[rng.zipf(1.3, n_keys) % n_ids])
+    return path
 
 
 def test_a_trace_is_replayed_and_checked(tmp_path):
-    rng = np.random.default_rng(3)
-    keys = rng.integers(-(1 << 63), 1 << 63, 3000)[rng.zipf(1.3, 20_000) % 3000]
-    path = tmp_path / "keys.npy"
-    np.save(path, keys)
+    path = write_trace(tmp_path / "keys.npy")
     output = tmp_path / "out"
-    code = run(DemoOptions(output=output, trace=path, batch=1000))
+    code = run(on_the_host(output=output, trace=path, batch=1000))
     report = json.loads((output / "report.json").read_text())
     assert code == 0
     assert (report["requests"], report["keys"]) == (20, 20_000)
     assert report["data"]["title"] == "trace keys.npy"
+    assert report["machine"]["gpu"] is None
     assert report["wrong_rows"] == 0
     assert report["updates"]["rows"] > 0
+
+
+@pytest.mark.device
+def test_on_a_gpu_every_row_comes_through_its_cache(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    path, output = write_trace(tmp_path / "keys.npy", 900, 6000), tmp_path / "out"
+    assert run(DemoOptions(output=output, trace=path, batch=500)) == 0
+    report = json.loads((output / "report.json").read_text())
+    cache, host, _ = report["tiers"]
+    name = report["machine"]["gpu"]
+    assert report["path"] == f"GPU cache over host memory + RocksDB on {name}"
+    assert (cache["tier"], host["tier"], rocksdb["tier"]) == (
+        "gpu:0",
+        "host",
+        "rocksdb",
+    )
+    assert cache["asked"] == report["keys"] + report["updates"]["rows"]
+    assert 0 < cache["hits"] < cache["asked"]
+    assert 0 < host["asked"] < cache["asked"]
+    assert report["checks"]["right after their update"]["rows"] > 0
+    assert report["wrong_rows"] == 0
+    printed = capsys.readouterr().out
+    assert report["path"] in printed
+    assert "GPU cache hit rate" in printed
+    assert (output / "demo.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+@pytest.mark.device
+def test_a_gpu_is_left_alone_on_request(tmp_path):
+    path, output = write_trace(tmp_path / "keys.npy", 300, 1000), tmp_path / "out"
+    assert run(on_the_host(output=output, trace=path, batch=500)) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["path"] == "host memory + RocksDB, no GPU"

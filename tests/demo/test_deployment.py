@@ -41,6 +41,16 @@ def test_the_configuration_describes_the_tables(tmp_path, workload):
     assert model["maxnum_catfeature_query_per_table_per_sample"] == [2]
     assert model["default_value_for_each_table"] == [-1.0]
     assert model["max_batch_size"] == 2
+    assert model["gpucache"] is False
+
+
+def test_a_gpu_gets_a_cache_whose_lookups_wait_for_all_rows(tmp_path, workload):
+    deployed = write_deployment(workload, tmp_path, host_share=0.5, gpu="some GPU")
+    (model,) = json.loads(deployed.config.read_text())["models"]
+    assert deployed.gpu == "some GPU"
+    assert (model["gpucache"], model["require_gpu"]) == (True, True)
+    assert model["hit_rate_threshold"] > 1
+    assert model["num_of_worker_buffer_in_pool"] == 2
 
 
 def test_a_new_directory_is_made(tmp_path):
