@@ -202,11 +202,8 @@ def test_on_a_gpu_every_row_comes_through_its_cache(tmp_path, capsys, monkeypatc
     cache, host, _ = report["tiers"]
     name = report["machine"]["gpu"]
     assert report["path"] == f"GPU cache over host memory + RocksDB on {name}"
-    assert (cache["tier"], host["tier"], rocksdb["tier"]) == (
-        "gpu:0",
-        "host",
-        "rocksdb",
-    )
+    tiers = [tier["tier"] for tier in report["tiers"]]
+    assert tiers == ["gpu:0", "host", "rocksdb"]
     assert cache["asked"] == report["keys"] + report["updates"]["rows"]
     assert 0 < cache["hits"] < cache["asked"]
     assert 0 < host["asked"] < cache["asked"]
