@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hps_numba.config import DatabaseType
 from hps_numba.kernels.cuda.gpu import Block, Gpu
 from hps_numba.runtime.hps import HPS
 from hps_numba.tiers.base import Tier
@@ -49,6 +50,7 @@ def gpu_server(
     tables: Sequence[Table] = TABLES,
     *,
     block_rows: int = 64,
+    host: bool = True,
     wrap_tier: Callable[[Tier], Tier] | None = None,
     server: Mapping[str, Any] | None = None,
     **options: Any,
@@ -63,6 +65,8 @@ def gpu_server(
         The model's tables.
     block_rows
         Rows of a block, and so of a chunk.
+    host
+        Whether there is host memory between the cache and RocksDB.
     wrap_tier
         As of ``HPS``.
     server
@@ -82,9 +86,10 @@ def gpu_server(
         }
         | options,
     )
-    config = server_config(
-        root, [params], volatile={"max_batch_size": block_rows}, **(server or {})
-    )
+    volatile: dict[str, Any] = {"max_batch_size": block_rows}
+    if not host:
+        volatile["type"] = DatabaseType.DISABLED
+    config = server_config(root, [params], volatile=volatile, **(server or {}))
     return HPS(config, wrap_tier=wrap_tier)
 
 
