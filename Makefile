@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup fmt lint test demo bench bench-smoke schema check clean
+.PHONY: setup fmt lint test demo bench bench-smoke gpu schema check clean
 
 setup: $(READY)
 
@@ -39,6 +39,10 @@ bench: setup
 bench-smoke: setup
 	$(BIN)/python -m bench --smoke
 	$(BIN)/python -m pytest bench --smoke --benchmark-disable
+
+# On a machine with a GPU, by its own Python: nothing is installed.
+gpu:
+	$(PYTHON) -m bench.gpu $(GPU_FLAGS)
 
 schema: setup
 	$(BIN)/python -m hps_numba.config docs

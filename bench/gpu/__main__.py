@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +18,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         from bench.gpu.report import write_report
 
-        print(write_report(options.out))
+        print(write_report(options.out or RESULTS))
         return 0
     from bench.gpu.runs import run_all
 
-    return run_all(
-        out=options.out,
-        smoke=options.smoke,
-        only=options.only,
-        seconds=60 * options.minutes,
-        ordinal=options.device,
-    )
+    with tempfile.TemporaryDirectory(prefix="hps-numba-bench-gpu-") as scratch:
+        return run_all(
+            out=options.out or (Path(scratch) if options.smoke else RESULTS),
+            smoke=options.smoke,
+            only=options.only,
+            seconds=60 * options.minutes,
+            ordinal=options.device,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.gpu", description="Checks and benchmarks on a GPU."
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="directory of the results"
+        "--out",
+        type=Path,
+        help="directory of the results [bench/results/gpu; of a smoke run, none]",
     )
     parser.add_argument(
         "--only", default="", help="run the parts that have this in their name"

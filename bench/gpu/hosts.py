@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from bench.gpu.calls import ManyTables, small_lookup
+from bench.gpu.checks import check_shapes
+from bench.gpu.compiling import Shape, compile_ahead
 from bench.gpu.parts import against_time
 from bench.gpu.plan import CALL_GOAL_S, DONE_GOAL_S, SEED, Run
-from bench.gpu.records import Line, ratio, timed
+from bench.gpu.records import Line, counted, ratio, timed
 from bench.gpu.tables import Table
 from bench.gpu.timing import HostClock, by_host, measure
 from bench.gpu.works import Stage, query
 from bench.harness import speedup
-from hps_numba.kernels.cuda.layout import RowLayout
+from hps_numba.kernels.cuda.layout import Policy, RowLayout
+
+
+def compilation(run: Run) -> Iterator[Line]:
+    """Compile ahead what a full run will launch; tiny runs compile as they go."""
+    if run.smoke:
+        run.not_run["compilation ahead"] = "a smoke run compiles as it goes"
+        return
+    start = time.perf_counter()
+    n = compile_ahead(shapes_of(run), run.device.gpu.launcher.cc)
+    yield counted("compilation", "all cores", n, "kernels")
+    yield counted("compilation", "all cores", time.perf_counter() - start, "seconds")
+
+
+def shapes_of(run: Run) -> Iterator[Shape]:
+    """Yield the shapes of the caches that benchmarks and checks use."""
+    sizes = run.sizes
+    for dim in {*sizes.dims, sizes.dim, sizes.small_dim}:
+        yield RowLayout(dim), Policy.LRU
+        yield RowLayout(dim, "float16", "float16"), Policy.LRU
+    yield RowLayout(sizes.dim, "float16"), Policy.LRU
+    yield from check_shapes()
 
 
 def small_calls(run: Run) -> Iterator[Line]:

@@ -55,20 +55,20 @@ class Sizes:
 
 FULL = Sizes()
 SMOKE = Sizes(
-    table_bytes=28 * 80 * 32,
+    table_bytes=28 * 80 * 128,
     max_slots=28 * 80,
     pool=512,
     n=256,
-    dim=8,
+    dim=32,
     batches=(32,),
     hit_rates=(0.5,),
     loads=(1.0,),
-    dims=(8,),
+    dims=(32,),
     copy_bytes=4096,
     sector_bytes=(4096,),
     small_keys=64,
     small_rows=300,
-    small_dim=8,
+    small_dim=32,
     n_tables=3,
     table_keys=(16,),
     table_rows=40,
@@ -86,6 +86,8 @@ INSERT_GOAL = 0.5  # of the look-up
 CALL_GOAL_S = 15e-6  # a small lookup's time on the host
 DONE_GOAL_S = 30e-6  # until it is done
 
+CHECKS_S = 150.0  # of the whole run
+
 
 @dataclass
 class Run:
@@ -93,8 +95,12 @@ class Run:
 
     Parameters
     ----------
+    smoke
+        Whether everything is tiny.
     seconds_left
         Of the whole run.
+    checks_left
+        Of the checks.
     copy_rate
         Bytes a second that a copy reads and writes, once it is known.
     not_run
@@ -107,7 +113,9 @@ class Run:
     plan: Plan
     host_plan: Plan
     sink: Sink
+    smoke: bool
     seconds_left: Callable[[], float]
+    checks_left: Callable[[], float]
     copy_rate: float = 0.0
     not_run: dict[str, str] = field(default_factory=dict)
 

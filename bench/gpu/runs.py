@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
-from bench.gpu import hosts, parts
+from bench.gpu import checks, hosts, parts, sanitizer, served
 from bench.gpu.baselines import Libraries
 from bench.gpu.device import Device
 from bench.gpu.plan import (
+    CHECKS_S,
     FULL,
     FULL_PLAN,
     HOST_PLAN,
@@ -20,21 +23,27 @@ from bench.gpu.plan import (
     Run,
 )
 from bench.gpu.records import Line, Sink, left_out
-from bench.gpu.text import describe, goals_table
+from bench.gpu.text import describe, summary
 from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.kernels.cuda.launch import DeviceUnavailableError
 
 Part = Callable[[Run], Iterator[Line]]
 
-# What each is expected to take on an H200, in seconds, compilation apart.
+# What each is expected to take on an H200, in seconds.
 PARTS: dict[str, tuple[Part, float]] = {
+    "compilation": (hosts.compilation, 40),
+    "checks": (checks.checks, 120),
+    "interop": (checks.interop, 10),
+    "sanitizer": (sanitizer.memcheck, 40),
     "memory": (parts.memory, 5),
-    "small calls": (hosts.small_calls, 15),
-    "centre": (parts.centre, 60),
+    "small calls": (hosts.small_calls, 10),
+    "centre": (parts.centre, 50),
     "shapes": (parts.shapes, 60),
     "loads": (parts.loads, 20),
     "many tables": (hosts.many_tables, 10),
+    "served": (served.small_calls, 30),
 }
+PACKAGES = ("numba-cuda", "cuda-core", "cuda-bindings")
 
 
 def run_all(*, out: Path, smoke: bool, only: str, seconds: float, ordinal: int) -> int:
@@ -45,36 +54,39 @@ def run_all(*, out: Path, smoke: bool, only: str, seconds: float, ordinal: int) 
     except DeviceUnavailableError as exc:
         print(f"nothing was run: {exc}")
         return 1
+    run = _new_run(device, out, smoke=smoke, start=start, seconds=seconds)
+    chosen = {name: part for name, part in PARTS.items() if only in name}
+    _print_plan(run, chosen)
+    failed = [name for name in chosen if not _run_part(run, name, *chosen[name])]
+    left_over = {**run.libraries.absent, **run.not_run}
+    if left_over:
+        run.write(left_out("run", left_over))
+    print(summary(run.sink.lines, left_over))
+    print(f"{len(run.sink.lines)} results in {out}, {time.monotonic() - start:.0f} s")
+    print(f"failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
+
+
+def _new_run(
+    device: Device, out: Path, *, smoke: bool, start: float, seconds: float
+) -> Run:
     libraries = Libraries(device)
-    sink = Sink(
-        out,
-        "smoke" if smoke else "full",
-        gpu=device.name,
-        versions={"driver": device.driver_version, **libraries.versions()},
-    )
-    run = Run(
+    versions = {"driver": device.driver_version, **libraries.versions()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    profile = "smoke" if smoke else "full"
+    return Run(
         device,
         libraries,
         SMOKE if smoke else FULL,
         SMOKE_PLAN if smoke else FULL_PLAN,
         SMOKE_PLAN if smoke else HOST_PLAN,
-        sink,
+        Sink(out, profile, gpu=device.name, versions=versions),
+        smoke,
         lambda: start + seconds - time.monotonic(),
+        lambda: start + min(seconds, CHECKS_S) - time.monotonic(),
     )
-    chosen = {name: part for name, part in PARTS.items() if only in name}
-    _print_plan(run, chosen)
-    failed = [name for name in chosen if not _run_part(run, name, *chosen[name])]
-    for reasons in (libraries.absent, run.not_run):
-        for name, why in reasons.items():
-            print(f"left out: {name}: {why}")
-    if libraries.absent or run.not_run:
-        run.write(left_out("run", {**libraries.absent, **run.not_run}))
-    print(goals_table(sink.lines))
-    took = time.monotonic() - start
-    print(
-        f"{len(sink.lines)} results in {out}, {took:.0f} s; failed: {failed or 'none'}"
-    )
-    return int(bool(failed))
 
 
 def _print_plan(run: Run, chosen: dict[str, tuple[Part, float]]) -> None:

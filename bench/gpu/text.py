@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from bench.gpu.records import Line
 
@@ -38,3 +38,9 @@ def goals_table(lines: Iterable[Line]) -> str:
                     f"goal {sign} {one.floor:g}"
                 )
     return "\n".join(["goals:", *(rows or ["  none was measured"])])
+
+
+def summary(lines: Iterable[Line], left_over: Mapping[str, str]) -> str:
+    """Return what there is to know at the end: what did not run, and the goals."""
+    missing = [f"left out: {name}: {why}" for name, why in left_over.items()]
+    return "\n".join([*missing, goals_table(lines)])

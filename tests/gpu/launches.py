@@ -10,10 +10,11 @@ from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.kernels.cuda.launch import checked
 from hps_numba.kernels.cuda.layout import Policy, RowLayout, TableLayout
 from hps_numba.kernels.cuda.operands import Batch
+from hps_numba.kernels.cuda.query import query_kernel
 from tests.gpu.mirrored import MirroredMemory, mirrored_cache
 from tests.kernels.cuda.oracle import Array
 
-ROWS = RowLayout(16)
+ROWS = RowLayout(32)
 N_KEYS, N_REPLAYS = 500, 5
 MODES = driver.CUstreamCaptureMode
 
@@ -77,7 +78,7 @@ def _capture_and_replay(gpu: Gpu, mode: MODES) -> int:
         cache = mirrored_cache(memory, ROWS, [TableLayout.for_rows(2 * N_KEYS)])
         base = cache.cache.base
         plain = Cache(cache.layout, Policy.LRU, base=base, launcher=gpu.launcher)
-        gpu.launcher.warm_up(plain.kernels())
+        gpu.launcher.warm_up([query_kernel(ROWS, Policy.LRU)])
         keys, rows = _some_rows(1)
         cache.insert(keys, rows)
         asked = memory.array(N_KEYS, np.int64)

@@ -16,8 +16,8 @@ from tests.kernels.cuda.comparisons import check_pooled_misses
 from tests.kernels.cuda.oracle import Array, handed_out
 
 CASES = (
+    (RowLayout(32), Policy.LRU),
     (RowLayout(128), Policy.LRU),
-    (RowLayout(16), Policy.LRU),
     (RowLayout(64, "float16"), Policy.LRU),
     (RowLayout(32, "float16", "float16"), Policy.LFU),
     (RowLayout(3), Policy.STATIC),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from hps_numba.kernels.cuda.cache import Cache
+from hps_numba.kernels.cuda.compiling import KernelSpec
+from hps_numba.kernels.cuda.evict import evict_kernel
 from hps_numba.kernels.cuda.gpu import Block, Event, Gpu
+from hps_numba.kernels.cuda.insert import insert_kernel
 from hps_numba.kernels.cuda.layout import (
     NO_POSITION,
     CacheLayout,
@@ -19,6 +23,9 @@ from hps_numba.kernels.cuda.layout import (
     WorkLayout,
 )
 from hps_numba.kernels.cuda.operands import Bags, Batch, Workspace
+from hps_numba.kernels.cuda.pooled import pooled_query_kernel
+from hps_numba.kernels.cuda.query import query_kernel
+from hps_numba.kernels.cuda.update import update_kernel
 from tests.gpu.contents import contents_of
 from tests.kernels.cuda.launcher import Answer
 from tests.kernels.cuda.oracle import Array
@@ -120,9 +127,18 @@ class Arena:
         base = self.memory.block("cache", self.layout.n_bytes, fill=0)
         self.memory.write(base, self.layout.header(base))
         self.cache = Cache(self.layout, Policy.LRU, base=base, launcher=gpu.launcher)
-        gpu.launcher.warm_up(self.cache.kernels())
         self.checks: list[Callable[[], None]] = []
         self.seen = Reads()
+        # Nothing is compiled or loaded behind the gate.
+        gpu.launcher.warm_up(self.kernels())
+
+    def kernels(self) -> Iterator[KernelSpec]:
+        """Yield what a round launches."""
+        rows = self.layout.rows
+        yield query_kernel(rows, Policy.LRU)
+        yield insert_kernel(rows, Policy.LRU)
+        yield update_kernel(rows)
+        yield evict_kernel()
 
     def round(self) -> Reads:
         """Run one round and look at what everybody saw and left."""
@@ -266,6 +282,10 @@ class PooledArena(Arena):
 
     rows_of = staticmethod(flat_rows)
 
+    def kernels(self) -> Iterator[KernelSpec]:
+        yield from super().kernels()
+        yield pooled_query_kernel(self.layout.rows, Policy.LRU)
+
     def _query(self, name: str, reader: int, oldest: Array) -> Callable[[], None]:
         memory, n_bags = self.memory, self.sizes.n_reads // KEYS_A_BAG
         n = n_bags * KEYS_A_BAG
@@ -307,14 +327,24 @@ class PooledArena(Arena):
             assert (sign * (sums - bound) >= -slack).all(), "a sum over another row"
 
 
+CASES = (
+    ("rows", Arena, 32),
+    ("sums", PooledArena, 32),
+    ("rows", Arena, 128),
+    ("rows", Arena, 12),
+)
+
+
 def check_races(
-    gpu: Gpu, sizes: Sizes, goes_on: Callable[[], bool]
+    gpu: Gpu, sizes: Sizes, seconds: float, n_cases: int = 4
 ) -> Iterator[tuple[str, int]]:
-    """Race for as long as ``goes_on`` says; yield how many reads hit, and missed."""
-    cases = (("rows", Arena, 12), ("rows", Arena, 128), ("sums", PooledArena, 32))
-    for seed, (what, kind, dim) in enumerate(cases):
+    """Race for so long each, a round at least; yield how many reads hit and missed."""
+    for seed, (what, kind, dim) in enumerate(CASES[:n_cases]):
         total, n_rounds, arena = Reads(), 0, kind(gpu, sizes, dim=dim, seed=seed)
-        while n_rounds == 0 or (goes_on() and arena.versions.max() < MAX_VERSION):
+        end = time.monotonic() + seconds
+        while n_rounds == 0 or (
+            time.monotonic() < end and arena.versions.max() < MAX_VERSION
+        ):
             total += arena.round()
             n_rounds += 1
         name = f"{what} read beside writers, dim {dim}, {n_rounds} rounds"
