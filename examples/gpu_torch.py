@@ -98,8 +98,8 @@ def main(folder: Path) -> None:
         # 4. A CUDA graph of the lookup and the model. Keys that the cache lacks have
         #    default rows after a replay; `complete` tells, and brings the rows.
         with session.prepare({"item": BATCH * KEYS_A_SAMPLE}) as prepared:
-            flat_keys = torch.as_tensor(prepared.keys["item"], device="cuda")
-            flat_rows = torch.as_tensor(prepared.rows["item"], device="cuda")
+            flat_keys = torch.from_dlpack(prepared.keys["item"])
+            flat_rows = torch.from_dlpack(prepared.rows["item"])
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 prepared.launch(stream=stream.cuda_stream)

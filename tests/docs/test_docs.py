@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 )
-# An excerpt of an example runs there.
+# An excerpt of an example runs there; test_gpu_page.py finds it there.
+EXCERPT = re.compile(r"^<!-- from \S+ -->\n```python\n", re.MULTILINE)
 BLOCK = re.compile(r"(?<! -->\n)^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ON_A_DEVICE = ("docs/gpu.md",)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
@@ -42,6 +43,13 @@ def test_python_blocks_run_one_after_the_other(
     names: dict[str, object] = {}
     for block in BLOCK.findall(page.read_text()):
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_python_blocks_but_excerpts_of_examples_are_left_out(page: Path) -> None:
+    text = page.read_text()
+    n_excerpts = len(EXCERPT.findall(text))
+    assert len(BLOCK.findall(text)) + n_excerpts == text.count("\n```python\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
