@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cuda.bindings import driver
 from numpy.typing import ArrayLike
 
 from hps_numba.config import DatabaseType
@@ -122,6 +123,13 @@ def downloaded(gpu: Gpu, array: Any, stream: int = 0) -> Any:
     gpu.copy(host.ctypes.data, described["data"][0], host.nbytes, stream)
     gpu.wait(stream)
     return host
+
+
+def settle(gpu: Gpu) -> None:
+    """Wait for all streams: also for inserts, which no lookup waits for."""
+    with gpu.launcher.current():
+        (status,) = driver.cuCtxSynchronize()
+    assert not status
 
 
 class Lent(Described):

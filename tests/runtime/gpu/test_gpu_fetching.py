@@ -29,6 +29,7 @@ from tests.runtime.gpu.gpu_servers import (
     gpu_server,
     known,
     rows_for,
+    settle,
     some_keys,
 )
 from tests.support import fakegpu
@@ -147,6 +148,7 @@ class TestFailures:
             assert np.array_equal(rows, wanted)
             assert 0 < lost.sum() <= BLOCK
             assert not found[-2:].any()
+            settle(gpu)
             stats = server.stats().table("wdl", "items")
             assert (stats.degraded, stats.defaults) == (1, lost.sum() + 2)
             # Default rows are not cached.
@@ -258,6 +260,7 @@ class TestChunks:
             for _ in range(2):
                 rows = session.lookup("items", ITEMS.keys)
                 assert np.array_equal(rows, rows_for(ITEMS, ITEMS.keys))
+                settle(gpu)
                 use = server.stats().table("wdl", "items").tiers[0]
                 seen.append((use.hits, use.asked - use.hits, use.rows))
         n, n_gone = ITEMS.keys.size, ITEMS.keys[::2].size
@@ -316,6 +319,7 @@ class TestChunks:
             for given in (keys, uploaded(gpu, keys)):
                 found = np.zeros(keys.size, np.bool_)
                 session.lookup("items", given, found=found)
+                settle(gpu)
                 assert np.array_equal(found, known(ITEMS, keys))
             session.lookup("items", keys)  # also without marks
             stats = server.stats().table("wdl", "items")
