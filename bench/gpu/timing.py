@@ -124,7 +124,7 @@ class HostClock:
 
     device: Device
 
-    def until_returned(self, work: Callable[[], None]) -> float:
+    def until_returned(self, work: Callable[[], object]) -> float:
         """Return the seconds of the call alone."""
         self.device.wait()
         start = time.perf_counter()
@@ -133,7 +133,7 @@ class HostClock:
         self.device.wait()
         return elapsed
 
-    def until_done(self, work: Callable[[], None]) -> float:
+    def until_done(self, work: Callable[[], object]) -> float:
         """Return the seconds until the device has done it."""
         self.device.wait()
         start = time.perf_counter()
