@@ -24,7 +24,7 @@ from bench.records import Origin, Param, Result, counted, origin, write
 from hps_numba.runtime.hps import HPS
 from hps_numba.tiers.model_files import write_model_directory
 
-RESULTS = Path(__file__).parent / "results" / "trace_cache.jsonl"
+RESULTS = Path(__file__).parent / "results" / "traces" / "server.jsonl"
 DIM = 4
 SHARES = (0.01, 0.05, 0.1, 0.2)
 

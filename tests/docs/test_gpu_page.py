@@ -73,6 +73,25 @@ def test_hit_rates_are_those_of_the_simulation():
     assert between("hit rates", "end of hit rates") == hit_rates()
 
 
+def test_servers_hit_as_exact_lru_does_but_for_what_the_page_says():
+    path = ROOT / "bench" / "results" / "traces" / "server.jsonl"
+    rates = {}
+    for one in map(json.loads, path.read_text().splitlines()):
+        rates[(*one["params"].values(), one["variant"])] = one["median"]
+    assert len(rates) == 4 * 2 * 2 * 4  # traces, shares, batches, rates
+    worst = {
+        of: min(
+            100 * (rate - rates[(*at, f"{of}, exact LRU")])
+            for (*at, variant), rate in rates.items()
+            if variant == of
+        )
+        for of in ("per occurrence", "per unique key")
+    }
+    text = " ".join(PAGE.split())
+    assert f"at worst {-worst['per occurrence']:.1f} points below exact LRU" in text
+    assert f"and {-worst['per unique key']:.1f} per unique key" in text
+
+
 @pytest.mark.parametrize("page", [PAGE, OPERATIONS], ids=["gpu", "operations"])
 def test_places_for_all_rows_take_what_the_page_says(page):
     rows = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
