@@ -126,10 +126,10 @@ def lookups(
     at_centre = n == run.sizes.n and hit_rate == 1 and not zipf
     usual = table.rows.stored == "float32" and table.nominal_load == run.sizes.load
     goals = at_centre and usual
-    yield from _lookup_lines(run, table.rows, found, params, goals=goals)
+    yield from lookup_lines(run, table.rows, found, params, goals=goals)
 
 
-def _lookup_lines(
+def lookup_lines(
     run: Run,
     rows: RowLayout,
     found: Timed,

@@ -1,0 +1,426 @@
+"""What ``make gpu`` does, tiny; over the stand-in where there is no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import records
+from bench.gpu import compiling, parts, report, sanitizer, tables, timing, works
+from bench.gpu.__main__ import main
+from bench.gpu.baselines import Libraries
+from bench.gpu.device import Device
+from bench.gpu.kernels import BLOCK, fill_kernel, row_words
+from bench.gpu.plan import SMOKE, SMOKE_PLAN, Run
+from bench.gpu.records import Line, Sink, counted, left_out, ratio, timed
+from bench.gpu.text import describe, goals_table
+from bench.harness import Timing
+from hps_numba.kernels.cuda.cubins import DIRECTORY_VARIABLE
+from hps_numba.kernels.cuda.gpu import Gpu
+from hps_numba.kernels.cuda.layout import Policy, RowLayout
+from tests.bench.libraries import Torch, WrongCupy
+from tests.gpu import stress
+from tests.gpu.bigtable import BigTable
+from tests.gpu.mirrored import MirroredMemory
+
+pytestmark = pytest.mark.device
+
+ROWS = RowLayout(32)
+LATEST = 2**63
+
+
+@pytest.fixture(autouse=True)
+def cubins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "cubins"
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device(Gpu(0))
+
+
+@pytest.fixture
+def table(device: Device) -> Iterator[tables.Table]:
+    made = tables.Table(device, ROWS, n_slots=28 * 40, load=0.5, seed=1)
+    yield made
+    made.close()
+
+
+def run_of(device: Device, folder: Path, *, seconds: float = 60.0) -> Run:
+    return Run(
+        device,
+        Libraries(device),
+        SMOKE,
+        SMOKE_PLAN,
+        SMOKE_PLAN,
+        Sink(folder, "smoke", gpu=device.name, versions={}),
+        True,
+        lambda: seconds,
+        lambda: seconds,
+    )
+
+
+# -- the whole -------------------------------------------------------------------------
+
+
+def test_a_tiny_run_checks_and_measures_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--smoke", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "failed: none" in said
+    found = {p.stem: records.read(p) for p in tmp_path.glob("*.jsonl")}
+    assert set(found) == {
+        *("checks", "copy", "sectors", "small", "query", "pooled", "update", "dump"),
+        *("scatter", "insert", "tables", "served", "served_hits", "run"),
+    }
+    checked = {r.variant.partition(":")[0]: r.median for r in found["checks"]}
+    assert set(checked) >= {
+        *("graph replays", "random operations", "operations at large"),
+        *("sums at large", "races"),
+    }
+    assert all(n > 0 for n in checked.values())
+    goals = {r.name for one in found.values() for r in one for x in r.ratios if x.floor}
+    assert goals == {"small", "query", "insert"}
+    assert "compute-sanitizer racecheck" in found["run"][0].absent
+    assert "compute-sanitizer racecheck" in said
+    tables_of = report.all_tables(report.load(tmp_path, "smoke"))
+    assert report.NOTHING not in tables_of
+    assert "insert, evicting" in tables_of
+
+
+def test_without_time_everything_is_named_as_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--smoke", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    (left,) = records.read(tmp_path / "run.jsonl")
+    assert left.absent["checks"] == left.absent["centre"] == "no time left"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
+    assert "left out: shapes: no time left" in capsys.readouterr().out
+
+
+def test_points_that_there_is_no_time_for_are_named(
+    device: Device, tmp_path: Path
+) -> None:
+    run = run_of(device, tmp_path, seconds=0.0)
+    assert list(run.within("query, keys", (32, 64))) == []
+    assert run.not_run == {
+        "query, keys, 32": "no time left",
+        "query, keys, 64": "no time left",
+    }
+
+
+def test_a_part_that_fails_fails_the_run_and_not_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def spoilt(*args: Any) -> Any:
+        raise AssertionError("rows are wrong")
+
+    monkeypatch.setattr(works.Stage, "check_rows", spoilt)
+    out = ["--out", str(tmp_path)]
+    assert main(["--smoke", "--only", "loads", *out]) == 1
+    assert main(["--smoke", "--only", "memory", *out]) == 0
+    failure, *_ = records.read(tmp_path / "run.jsonl")
+    assert failure.absent == {"loads": "failed: AssertionError: rows are wrong"}
+
+
+# -- results ---------------------------------------------------------------------------
+
+
+def test_results_are_read_back_as_they_were_written(
+    device: Device, tmp_path: Path
+) -> None:
+    sink = Sink(tmp_path, "smoke", gpu="A GPU", versions={"driver": "13.0"})
+    seconds = np.linspace(1, 2, 30)
+    timing = Timing("query", 4, seconds, seconds / 4, quiet=True)
+    both = [ratio("copy", seconds, floor=1.2), ratio("10 us", seconds, sense="at_most")]
+    lines = [
+        timed("query", timing, {"dim": 8}, ratios=both, absent={"torch": "no torch"}),
+        counted("query", "keys", np.int64(7), "keys"),
+        left_out("query", {"cupy": "no cupy"}),
+    ]
+    for line in lines:
+        sink.write(line)
+    for got, line in zip(records.read(tmp_path / "query.jsonl"), lines, strict=True):
+        values = dataclasses.asdict(line)
+        values["ratios"] = list(values["ratios"])
+        assert values == {
+            **got.model_dump(include=set(values)),
+            "ratios": [r.model_dump() for r in got.ratios],
+        }
+        assert (got.machine.gpu, got.versions["driver"]) == ("A GPU", "13.0")
+    read = records.read(tmp_path / "query.jsonl")[0]
+    expected = records.timed(
+        "query", timing, params={"dim": 8}, where=records.origin("smoke")
+    )
+    same = {"median", "p05", "p95", "p99", "max", "noise", "marks", "rounds"}
+    assert read.model_dump(include=same) == expected.model_dump(include=same)
+
+
+def test_a_result_that_is_no_number_is_refused(device: Device, tmp_path: Path) -> None:
+    sink = Sink(tmp_path, "smoke", gpu="", versions={})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sink.write(counted("query", "keys", float("nan"), "keys"))
+
+
+def test_goals_are_met_by_medians() -> None:
+    def line(name: str, sense: str, median: float) -> Line:
+        one = ratio("it", [median], floor=1.0, sense=sense)
+        return dataclasses.replace(counted(name, "a", 1, "s"), ratios=(one,))
+
+    table = goals_table(
+        [
+            line("fast", "at_least", 1.5),
+            line("slow", "at_least", 0.5),
+            line("short", "at_most", 0.5),
+            line("long", "at_most", 1.5),
+        ]
+    )
+    verdicts = {
+        row.split()[1].strip(","): row.split()[0] for row in table.split("\n")[1:]
+    }
+    assert verdicts == {
+        "fast": "met",
+        "slow": "MISSED",
+        "short": "met",
+        "long": "MISSED",
+    }
+    assert "0.5 x it" in describe(line("short", "at_most", 0.5))
+
+
+def test_without_results_every_table_says_so(tmp_path: Path) -> None:
+    document = tmp_path / "gpu.md"
+    assert report.all_tables([]).count(report.NOTHING) == len(report.SECTIONS)
+    assert report.write_report(tmp_path, document) == report.all_tables([])
+    document.write_text("a\n<!-- bench: goals -->\nold\n<!-- end -->\nb\n")
+    report.write_report(tmp_path, document)
+    assert document.read_text() == (
+        f"a\n<!-- bench: goals -->\n{report.NOTHING}\n<!-- end -->\nb\n"
+    )
+    with pytest.raises(KeyError, match="nothing is none of machine"):
+        report.filled("<!-- bench: nothing -->\n<!-- end -->", [])
+
+
+def test_the_report_shows_the_newest_full_results(tmp_path: Path) -> None:
+    for profile, median in (("full", 1), ("full", 2), ("smoke", 3)):
+        sink = Sink(tmp_path, profile, gpu="A GPU", versions={})
+        sink.write(counted("checks", "graph replays", median, "keys"))
+    results = report.load(tmp_path)
+    assert [r["median"] for r in results] == [2]
+    assert "| graph replays |  | 2 | keys |" in report.all_tables(results)
+
+
+# -- baselines -------------------------------------------------------------------------
+
+
+def test_baselines_are_compared_and_wrong_ones_left_out(
+    device: Device,
+    table: tables.Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = Torch(device)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "cupy", WrongCupy(device))
+    run = run_of(device, tmp_path)
+    assert not run.libraries.absent
+    lines = list(parts.lookups(run, table, n=64, embedding=True))
+    assert [line.variant for line in lines] == [
+        *("query", "gather kernel", "torch.index_select", "torch embedding"),
+    ]
+    query = lines[0]
+    assert [r.against for r in query.ratios] == [line.variant for line in lines[1:]]
+    assert "AssertionError: 512 rows of 512 are wrong" in query.absent["cupy.take"]
+    assert "index_select" in torch.calls
+    (pooled,) = parts.pooled_lookups(run, table)
+    assert pooled.absent == {"torch embedding_bag": "NotImplementedError: no sums here"}
+
+
+def test_the_goal_is_the_fastest_gather(device: Device, tmp_path: Path) -> None:
+    rounds = np.ones(3)
+    found = timing.Timed(
+        {
+            name: Timing(name, 1, rounds * s, rounds * s, quiet=True)
+            for name, s in (("query", 2.0), ("gather kernel", 3.0), ("cupy.take", 1.0))
+        },
+        {},
+    )
+    run = run_of(device, tmp_path)
+    line, *_ = parts.lookup_lines(run, ROWS, found, {}, goals=True)
+    floors = {r.against: r.floor for r in line.ratios}
+    assert floors == {"gather kernel": None, "cupy.take": 0.9, "8 G/s": 1.0}
+    medians = {r.against: r.median for r in line.ratios}
+    assert medians == {"gather kernel": 1.5, "cupy.take": 0.5, "8 G/s": 0.5 / 8e9}
+
+
+def test_what_cannot_be_captured_is_launched(device: Device) -> None:
+    seen: list[int] = []
+
+    def call(i: int) -> None:
+        seen.append(i)
+        device.wait()  # which no capture allows
+
+    work = timing.Work("waiting", call, 3, 1, lambda: None)
+    found = timing.measure(device, [work], SMOKE_PLAN)
+    assert set(found.timings) == {"waiting"}
+    assert seen[:3] == seen[-3:] == [0, 1, 2]
+
+
+# -- tables ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_rows_are_filled_by_their_numbers(device: Device, stored: str) -> None:
+    rows = RowLayout(32, stored, stored)
+    n, first = 90, 2**31 - 40
+    block = device.block(n * rows.row_bytes)
+    grid = -(-n * (rows.row_bytes // 4) // BLOCK), 1
+    args = (block.address, first, n)
+    device.gpu.launcher.launch(fill_kernel(rows), grid, args, device.stream)
+    got = device.read(block.address, (n, rows.row_bytes // 4), np.uint32)
+    wanted = row_words(rows, first + np.arange(n))
+    assert (got == wanted).all()
+    values = wanted.view(stored)
+    assert ((values >= 1) & (values < 2)).all()
+    assert len(np.unique(wanted, axis=0)) == n
+
+
+def test_keys_name_their_rows(table: tables.Table) -> None:
+    numbers = np.array([0, 1, 2**20, 2**40], np.uint64)
+    keys = tables.keys_of(numbers)
+    assert keys.dtype == np.int64
+    assert (tables.numbers_of(keys) == numbers).all()
+    assert table.size() == len(table.resident) == len(set(table.resident.tolist()))
+    assert table.load == pytest.approx(0.5, abs=0.01)
+
+
+def test_keys_of_a_lookup_are_unique_or_zipf_and_as_many_absent_as_asked(
+    device: Device, table: tables.Table
+) -> None:
+    kept = []
+
+    def keep(array: Any) -> int:
+        kept.append(array)
+        return 0
+
+    unique = table.lookup(50, 4, block=keep)
+    assert len(set(unique.numbers.tolist())) == 200
+    assert not unique.absent.any()
+    mixed = table.lookup(50, 4, block=keep, hit_rate=0.7)
+    assert mixed.absent.sum() == 60
+    assert (mixed.numbers[mixed.absent] >= table.n_rows).all()
+    assert np.isin(mixed.numbers[~mixed.absent], table.resident).all()
+    hot = table.lookup(50, 40, block=keep, zipf=1.5)
+    assert np.unique(hot.numbers, return_counts=True)[1].max() > 400
+    for keys, lookup in zip(kept[::2], (unique, mixed, hot), strict=True):
+        assert (tables.numbers_of(keys) == lookup.numbers).all()
+
+
+def test_wrong_rows_are_no_result(device: Device, table: tables.Table) -> None:
+    with device.scratch() as scratch:
+        stage = works.Stage.set_up(device, scratch, table, n=64, pool=128)
+        start = table.cache.base + table.cache.layout.offset("rows", 0)
+        end = table.cache.base + table.cache.layout.default_row(0)
+        rows = device.read(start, end - start, np.uint8)
+        device.write(start, rows ^ np.uint8(1))
+        with pytest.raises(AssertionError, match="128 rows of 128 are wrong"):
+            timing.measure(device, [works.query(stage)], SMOKE_PLAN)
+
+
+# -- checks ----------------------------------------------------------------------------
+
+
+def test_large_checks_notice_one_wrong_byte() -> None:
+    memory = MirroredMemory(Gpu(0))
+    table = BigTable(memory, ROWS, Policy.LRU, n_keys=400, seed=0)
+    table.insert_new(np.arange(150), epoch=0)
+    slot = table.slots[100]
+    start = table.cpu.layout.offset("rows", 0) + slot * ROWS.stride_bytes
+    table.cpu.block[start + 5] ^= 1
+    with pytest.raises(AssertionError, match="1 rows are wrong"):
+        table.query(np.arange(200))
+    with pytest.raises(AssertionError, match="1 rows are wrong, that of slot"):
+        table.update(np.arange(50), epoch=1)
+    table.cpu.block[start + 5] ^= 1
+    table.cpu.meta()[table.home[3], :4] += 1  # as if a writer had left it held
+    with pytest.raises(AssertionError):
+        table.evict(np.arange(50, 60), epoch=2)
+    memory.close()
+
+
+def test_large_checks_notice_a_key_that_is_gone() -> None:
+    memory = MirroredMemory(Gpu(0))
+    table = BigTable(memory, ROWS, Policy.LRU, n_keys=400, seed=0)
+    table.insert_new(np.arange(150), epoch=0)
+    way = table.slots[7] % 28
+    table.cpu.digests()[table.home[7], way] = 0
+    with pytest.raises(AssertionError):
+        table.dump()
+    memory.close()
+
+
+def run_rounds(arena: stress.Arena) -> None:
+    for _ in range(10):
+        arena.round()
+
+
+def test_races_notice_rows_that_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    insert = stress.Arena._insert
+
+    def ever_fresh(arena: Any, name: str, *rows: Any) -> Any:
+        numbers, versions, _, stream = rows
+        return insert(arena, name, numbers, versions, LATEST, stream)
+
+    monkeypatch.setattr(stress.Arena, "_insert", ever_fresh)
+    arena = stress.Arena(Gpu(0), stress.TINY, dim=32, seed=3)
+    with pytest.raises(AssertionError, match=r"old row|before an update"):
+        run_rounds(arena)
+
+
+def test_sums_notice_torn_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(numbers: Any, versions: Any, dim: int) -> Any:
+        rows = stress.flat_rows(numbers, versions, dim)
+        rows[:, dim // 2 :] += 1
+        return rows
+
+    monkeypatch.setattr(stress.PooledArena, "rows_of", staticmethod(torn))
+    arena = stress.PooledArena(Gpu(0), stress.TINY, dim=32, seed=3)
+    with pytest.raises(AssertionError, match="a sum over a torn row"):
+        run_rounds(arena)
+
+
+# -- around it -------------------------------------------------------------------------
+
+
+def test_the_sanitizer_is_believed(device: Device, tmp_path: Path) -> None:
+    run = run_of(device, tmp_path)
+    (line,) = sanitizer.judged(run, "...\n===== ERROR SUMMARY: 0 errors\n", 0)
+    assert (line.median, line.unit) == (0, "errors")
+    for output, status in (
+        ("ERROR SUMMARY: 2 errors", 9),
+        ("ERROR SUMMARY: 0 errors", 1),
+    ):
+        with pytest.raises(AssertionError, match=r"2 errors|the run failed"):
+            list(sanitizer.judged(run, output, status))
+    assert not run.not_run
+    assert list(sanitizer.judged(run, "no debugger here", 255)) == []
+    assert "no debugger here" in run.not_run["compute-sanitizer memcheck"]
+
+
+def test_kernels_are_compiled_ahead(cubins: Path) -> None:
+    shape = (ROWS, Policy.LRU)
+    specs = list(compiling.specs_of(shape))
+    n = compiling.compile_ahead([shape, shape], (9, 0), n_workers=1)
+    assert n == len(specs)
+    names = {path.name.split(".")[0] for path in cubins.glob("*.sm_90.*")}
+    assert names >= {spec.name for spec in specs}
