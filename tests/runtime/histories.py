@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,12 @@ from hps_numba.runtime.hierarchy import Chunk, Hierarchy
 from hps_numba.runtime.inflight import _REGISTER, Boarding, Flight, InFlight
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.host import HostTier
-from hps_numba.types import FailureMode, Keys, Rows, TableSpec
+from hps_numba.types import FailureMode, Keys, RowBlock, Rows, TableSpec
 from tests.support.gates import Scheduler, SteppedEvent, SteppedLock
 from tests.support.orders import Footprint
 from tests.support.wrappers import FailingTier, SteppedTier
 
-SPEC = TableSpec("model", "table", 2)
+SPEC = TableSpec("model", "table", 4)
 KEY = np.array([7], np.int64)
 DELETED = 0  # the value of the default row
 FIRST = 1  # the version that the lowest tier begins with
@@ -50,6 +51,12 @@ class LowerTier(HostTier):
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
         super().insert(tag, keys, rows)
         self.applied.append(int(rows[0, 0]))
+
+    def load(self, tag: str, blocks: Iterable[RowBlock], **options: Any) -> int:
+        (block,) = blocks
+        n_rows = super().load(tag, [block], **options)
+        self.applied.append(int(block.rows[0, 0]))
+        return n_rows
 
     def delete(self, tag: str, keys: Keys) -> int:
         self.applied.append(DELETED)
@@ -197,6 +204,7 @@ def _of_tier(tier: str, operation: str) -> Footprint:
         "iterate": ({rows}, set()),
         "epoch": ({epoch}, set()),
         "insert": (set(), {rows, epoch, stamps}),
+        "load": (set(), {rows, epoch, stamps}),
         "delete": (set(), {rows, epoch, stamps}),
         "evict": (set(), {rows}),
         "backfill": ({stamps}, {rows}),
@@ -312,10 +320,7 @@ class History:
 
     def _first_illegal(self) -> str | None:
         age = {v: i for i, v in enumerate(self._stage.lower.applied)}
-        known = [(v, end, f"{v} was acknowledged") for v, end in self._acknowledged]
-        known += [
-            (x.version, x.end, f"{x.task} saw {x.version}") for x in self._lookups
-        ]
+        known = self._known()
         for lookup in self._lookups:
             if lookup.version not in age:
                 return f"{lookup.task} saw {lookup.version}, which was not written"
@@ -323,6 +328,13 @@ class History:
                 if end < lookup.begin and age[lookup.version] < age[version]:
                     return f"{lookup.task} saw {lookup.version} after {why}"
         return None
+
+    def _known(self) -> list[tuple[int, int, str]]:
+        """Return what later lookups may not be behind of: version, since when, why."""
+        known = [(v, end, f"{v} was acknowledged") for v, end in self._acknowledged]
+        return known + [
+            (x.version, x.end, f"{x.task} saw {x.version}") for x in self._lookups
+        ]
 
     def _tick(self) -> int:
         self._now += 1
