@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,19 +38,11 @@ def as_keys(keys: ArrayLike, spec: TableSpec) -> Keys:
     return np.require(array, requirements=("C", "W", "A"))
 
 
-class Counted(Protocol):
-    """An array of any kind that knows how many items it has."""
-
-    @property
-    def size(self) -> int:
-        """Number of items."""
-
-
-def check_length(keys: Counted, spec: TableSpec) -> None:
+def check_length(n_keys: int, spec: TableSpec) -> None:
     """Refuse a lookup of more keys than the table's buffers are meant for."""
-    if keys.size > spec.max_keys:
+    if n_keys > spec.max_keys:
         raise ValueError(
-            f"table {spec.tag}: a lookup of {keys.size} keys exceeds the limit of "
+            f"table {spec.tag}: a lookup of {n_keys} keys exceeds the limit of "
             f"{spec.max_keys} (max_batch_size * maxnum_catfeature_query_per_table_per_"
             f"sample); send smaller batches or raise the limit in the configuration"
         )

@@ -207,8 +207,9 @@ class LookupSession:
         ------
         UnknownTableError
             If the model has no such table.
-        ValueError
-            If a size exceeds what a lookup of the table may have.
+        TypeError, ValueError
+            If a size is no number of keys that a lookup of the table may have, or a
+            table has two.
         DeviceError
             If the session has no GPU cache, or the device too little memory.
         """
@@ -254,7 +255,7 @@ class HostPath:
     def _request(self, asked: Asked) -> _Request:
         spec = asked.table.spec
         given = as_keys(asked.keys, spec)
-        check_length(given, spec)
+        check_length(given.size, spec)
         result = as_output(asked.out, given.shape, spec)
         flags = as_flags(asked.found, given.shape, spec)
         flat_keys, flat_found = given.reshape(-1), flags.reshape(-1)

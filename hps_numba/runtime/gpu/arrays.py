@@ -129,7 +129,7 @@ def device_keys(keys: Any, spec: TableSpec, *, stream: int, gpu: Gpu) -> DeviceV
             f"dtype {found.dtype} and shape {found.shape}"
         )
     _check_aligned(found, f"table {spec.tag}: keys")
-    check_length(found, spec)
+    check_length(found.size, spec)
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.launch import CudaStream, stream_handle
+from hps_numba.runtime.arrays import check_length
 from hps_numba.runtime.gate import Gate
 from hps_numba.runtime.gpu.cache import GpuCache
 from hps_numba.runtime.gpu.errors import device_errors
@@ -20,6 +21,8 @@ from hps_numba.runtime.gpu.requests import GroupQuery, Part
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.pipeline import Pipeline
 from hps_numba.runtime.session import Asked
+
+_DEFAULT_STREAM = 0
 
 
 class PreparedLookup:
@@ -51,6 +54,7 @@ class PreparedLookup:
         pipeline: Pipeline,
         gate: Gate,
     ) -> None:
+        _check(tables, sizes)
         self._cache, self._pipeline, self._gate = cache, pipeline, gate
         self._closed = False
         self.keys: dict[str, Any] = dict.fromkeys(sizes)
@@ -62,10 +66,14 @@ class PreparedLookup:
         ]
         with device_errors(f"a prepared lookup on device {cache.gpu.ordinal}"):
             self._lane = cache.new_lane([sum(sizes[n] for n in m) for m in members])
-            for i, names in enumerate(members):
-                if names:
-                    self._add(i, {name: (tables[name], sizes[name]) for name in names})
-            cache.gpu.wait(self._lane.stream)
+            try:
+                for i, names in enumerate(members):
+                    if names:
+                        self._add(i, {n: (tables[n], sizes[n]) for n in names})
+                cache.gpu.wait(_DEFAULT_STREAM)
+            except BaseException:
+                self._lane.close()
+                raise
 
     def launch(self, stream: CudaStream | int | None = None) -> None:
         """Look up what ``keys`` hold.
@@ -114,14 +122,20 @@ class PreparedLookup:
             for query in self._queries:
                 query.read_results(handle)
             self._cache.gpu.wait(handle)
+            parts = [part for query in self._queries for part in query.parts]
+            for part in parts:
+                part.begin()
             missing = [one for query in self._queries for one in query.missing()]
             try:
                 self._bring(missing, handle)
+            except BaseException:
+                for part in parts:
+                    part.asked.table.counters.add(errors=1)
+                raise
             finally:
                 self._lane.rest(handle)
-        for query in self._queries:
-            for part in query.parts:
-                part.count(perf_counter_ns() - begin_ns)
+        for part in parts:
+            part.count(perf_counter_ns() - begin_ns)
         return sum(one.n_unique for one in missing)
 
     def close(self) -> None:
@@ -143,7 +157,8 @@ class PreparedLookup:
 
     def _add(self, group: int, members: dict[str, tuple[Hierarchy, int]]) -> None:
         """Add a group's query, whose tables' keys follow each other in memory."""
-        cache, stream, start = self._cache, self._lane.stream, 0
+        # Arrays that callers keep are of a stream that is still there without the lane.
+        cache, stream, start = self._cache, _DEFAULT_STREAM, 0
         ordered = sorted(
             members.items(), key=lambda item: cache.tables[item[1][0].spec.tag].index
         )
@@ -181,3 +196,18 @@ class PreparedLookup:
         if self._closed:
             raise ClosedError("the prepared lookup is closed")
         return stream if isinstance(stream, int) else stream_handle(stream)
+
+
+def _check(tables: Mapping[str, Hierarchy], sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that do not fit before any memory is taken."""
+    seen = set()
+    for name, table in tables.items():
+        spec, n_keys = table.spec, sizes[name]
+        if not isinstance(n_keys, (int, np.integer)):
+            raise TypeError(f"table {spec.tag}: {n_keys!r} is no number of keys")
+        if n_keys < 0:
+            raise ValueError(f"table {spec.tag}: a lookup of {n_keys} keys")
+        check_length(int(n_keys), spec)
+        if spec.tag in seen:
+            raise ValueError(f"table {spec.tag} is asked for twice")
+        seen.add(spec.tag)

@@ -66,7 +66,7 @@ class Part:
             on_device = True
         else:
             self.keys = as_keys(asked.keys, spec)
-            check_length(self.keys, spec)
+            check_length(self.keys.size, spec)
             on_device = on_device or is_on_device(asked.out)
         shape, self.n_keys = self.keys.shape, self.keys.size
         self.shape = (*shape, spec.dim)
@@ -84,6 +84,10 @@ class Part:
         if asked.found is not None:
             self.found = as_flags(asked.found, shape, spec).reshape(-1)
         self.start = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from the start."""
         self.n_defaults = self.n_deferred = self.n_joined = 0
         self.degraded = False
 
