@@ -90,7 +90,7 @@ def operations_of_halves() -> None:
 def _operations(rows: RowLayout, policy: Policy) -> None:
     for seed in range(2):
         cache = CheckedCache(rows, TABLES, policy, max_steps=MAX_STEPS)
-        RandomOperations(cache, seed).run(1000)
+        RandomOperations(cache, seed).run(2000)
 
 
 def edges() -> None:
@@ -120,6 +120,15 @@ def last_way() -> None:
     cache.oracle.tables[0].sets[0].scores = [9] * (WAYS - 1) + [2]
     cache.restore(0, [0])
     cache.insert(np.array([100]), rows_for(cache, 1, seed=1))
+
+
+def no_room() -> None:
+    """Rows that push nobody out, into a set that they fill and into a full one."""
+    cache = CheckedCache(RowLayout(12), [TableLayout(1)])
+    for first, wanted in ((0, Outcome.INSERTED), (100, Outcome.FULL)):
+        keys = np.arange(first, first + WAYS)
+        rows = rows_for(cache, WAYS, seed=first)
+        assert set(cache.insert(keys, rows, make_room=False)) == {wanted}
 
 
 def halving() -> None:

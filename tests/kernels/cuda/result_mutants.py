@@ -268,14 +268,14 @@ _ROWS = (
         "insert",
         "elif nobody_yields or (flags & u32(FREE_ONLY)) != u32(0):",
         "elif nobody_yields:",
-        "operations",
+        "no_room",
     ),
     Mutant(
         "a row that makes no room is not scored",
         "insert",
         "if outcome != _REPLACED:",
         "if outcome != _REPLACED and (flags & u32(FREE_ONLY)) == u32(0):",
-        "operations",
+        "no_room",
     ),
     Mutant(
         "an insert takes a key too many",

@@ -111,6 +111,10 @@ class RandomOperations:
         }
         if self.cache.rows.out == "float32":
             operations["pooled query"] = operations["pooled scatter"] = self.pool
+        # Nothing is found in a cache that is empty.
+        with self.cache.memory.scratch():
+            for _ in range(6):
+                self.insert()
         left = list(operations)
         while left:
             with self.cache.memory.scratch():
