@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from bench.gpu.records import Line, counted
 from hps_numba.kernels.cuda.layout import Policy, RowLayout
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE_S = 90
 
 
 @dataclass(frozen=True)
@@ -26,45 +30,92 @@ class Amounts:
     races: int
 
 
-FULL = Amounts(3000, 8, 1 << 20, 8, 3, 8.0, 4)
+FULL = Amounts(3000, 8, 1 << 20, 8, 3, 6.0, 4)
 SMOKE = Amounts(60, 1, 300, 1, 1, 0.0, 2)
 
 
-def checks(run: Run) -> Iterator[Line]:
-    """Compare every operation with the oracle; race readers and writers."""
+def launches(run: Run) -> Iterator[Line]:
+    """Launch while another device is current, and from captured graphs."""
     _find_tests()
-    from tests.gpu import launches, operations, scale, stress
+    from tests.gpu import launches as checked
 
-    amounts = SMOKE if run.smoke else FULL
-    gpu = run.device.gpu
-    if launches.n_devices() > 1:
-        yield _compared("another device is current", launches.check_current_device())
+    if checked.n_devices() > 1:
+        yield _compared("another device is current", checked.check_current_device())
     else:
-        run.not_run["checks, another device is current"] = "there is one device"
-    yield _compared("graph replays", launches.check_graphs(gpu))
-    yield from _within(
-        run,
-        "random operations",
-        operations.check_operations(gpu, amounts.random_keys, amounts.random_cases),
+        run.not_run["launches, another device is current"] = "there is one device"
+    yield _compared("graph replays", checked.check_graphs(run.device.gpu))
+
+
+def random_operations(run: Run) -> Iterator[Line]:
+    """Run random operations on small tables, each compared with the oracle."""
+    _find_tests()
+    from tests.gpu import operations
+
+    much = _amounts(run)
+    found = operations.check_operations(
+        run.device.gpu, much.random_keys, much.random_cases
     )
-    yield from _within(
-        run,
-        "operations at large",
-        scale.check_operations(gpu, amounts.large_keys, amounts.large_cases),
-    )
-    yield from _within(
-        run,
-        "sums at large",
-        scale.check_pooled(gpu, amounts.large_keys, amounts.pooled_cases),
-    )
+    yield from _within(run, "random operations", found)
+
+
+def races(run: Run) -> Iterator[Line]:
+    """Read beside writers."""
+    _find_tests()
+    from tests.gpu import stress
+
+    much = _amounts(run)
     sizes = stress.TINY if run.smoke else stress.Sizes()
-    yield from _within(
-        run, "races", stress.check_races(gpu, sizes, amounts.race_s, amounts.races)
-    )
+    found = stress.check_races(run.device.gpu, sizes, much.race_s, much.races)
+    yield from _within(run, "races", found)
+
+
+def large_tables(run: Run) -> Iterator[Line]:
+    """Run every operation on large tables, each compared with the oracle."""
+    _find_tests()
+    from tests.gpu import scale
+
+    much, gpu = _amounts(run), run.device.gpu
+    found = scale.check_operations(gpu, much.large_keys, much.large_cases)
+    yield from _within(run, "large tables", found)
+    found = scale.check_pooled(gpu, much.large_keys, much.pooled_cases)
+    yield from _within(run, "large tables", found)
+
+
+def _amounts(run: Run) -> Amounts:
+    return SMOKE if run.smoke else FULL
 
 
 def interop(run: Run) -> Iterator[Line]:
-    """Check arrays to and from CuPy and PyTorch."""
+    """Check arrays to and from CuPy and PyTorch, and run the examples."""
+    yield from _arrays(run)
+    if run.smoke:
+        run.not_run["examples"] = "a smoke run leaves them out"
+        return
+    for path in run.within("examples", sorted((ROOT / "examples").glob("gpu_*.py"))):
+        yield from example(run, path)
+
+
+def example(run: Run, path: Path) -> Iterator[Line]:
+    """Run an example; leave it out if it asks for what is not installed."""
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=EXAMPLE_S,
+        check=False,
+    )
+    last = done.stdout.strip().rpartition("\n")[2]
+    if "ModuleNotFoundError" in last:
+        run.not_run[path.name] = last
+        return
+    assert not done.returncode, f"{path.name} ended with\n{done.stdout[-3000:]}"
+    yield counted("checks", path.name, done.stdout.count("\n"), "lines printed")
+
+
+def _arrays(run: Run) -> Iterator[Line]:
     _find_tests()
     libraries = run.libraries
     for name, library in (("cupy", libraries.cupy), ("torch", libraries.torch)):

@@ -32,8 +32,11 @@ Part = Callable[[Run], Iterator[Line]]
 # What each is expected to take on an H200, in seconds.
 PARTS: dict[str, tuple[Part, float]] = {
     "compilation": (hosts.compilation, 40),
-    "checks": (checks.checks, 120),
-    "interop": (checks.interop, 10),
+    "launches": (checks.launches, 2),
+    "random operations": (checks.random_operations, 30),
+    "races": (checks.races, 30),
+    "large tables": (checks.large_tables, 80),
+    "interop": (checks.interop, 20),
     "sanitizer": (sanitizer.memcheck, 40),
     "memory": (parts.memory, 5),
     "small calls": (hosts.small_calls, 10),
@@ -79,7 +82,7 @@ def _new_run(
     return Run(
         device,
         libraries,
-        SMOKE if smoke else FULL,
+        (SMOKE if smoke else FULL).within(device.gpu.free_bytes),
         SMOKE_PLAN if smoke else FULL_PLAN,
         SMOKE_PLAN if smoke else HOST_PLAN,
         Sink(out, profile, gpu=device.name, versions=versions),

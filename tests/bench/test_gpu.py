@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,13 @@ import numpy as np
 import pytest
 
 from bench import records
-from bench.gpu import compiling, parts, report, sanitizer, tables, timing, works
+from bench.gpu import checks, compiling, parts, report, sanitizer, tables, timing, works
 from bench.gpu.__main__ import main
 from bench.gpu.baselines import Libraries
 from bench.gpu.device import Device
 from bench.gpu.kernels import BLOCK, fill_kernel, row_words
 from bench.gpu.plan import SMOKE, SMOKE_PLAN, Run
-from bench.gpu.records import Line, Sink, counted, left_out, ratio, timed
-from bench.gpu.text import describe, goals_table
+from bench.gpu.records import Sink
 from bench.harness import Timing
 from hps_numba.kernels.cuda.cubins import DIRECTORY_VARIABLE
 from hps_numba.kernels.cuda.gpu import Gpu
@@ -86,8 +86,7 @@ def test_a_tiny_run_checks_and_measures_everything(
     }
     checked = {r.variant.partition(":")[0]: r.median for r in found["checks"]}
     assert set(checked) >= {
-        *("graph replays", "random operations", "operations at large"),
-        *("sums at large", "races"),
+        *("graph replays", "random operations", "races", "large tables"),
     }
     assert all(n > 0 for n in checked.values())
     goals = {r.name for one in found.values() for r in one for x in r.ratios if x.floor}
@@ -104,7 +103,7 @@ def test_without_time_everything_is_named_as_not_run(
 ) -> None:
     assert main(["--smoke", "--minutes", "0", "--out", str(tmp_path)]) == 0
     (left,) = records.read(tmp_path / "run.jsonl")
-    assert left.absent["checks"] == left.absent["centre"] == "no time left"
+    assert left.absent["races"] == left.absent["centre"] == "no time left"
     assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
     assert "left out: shapes: no time left" in capsys.readouterr().out
 
@@ -132,92 +131,6 @@ def test_a_part_that_fails_fails_the_run_and_not_the_others(
     assert main(["--smoke", "--only", "memory", *out]) == 0
     failure, *_ = records.read(tmp_path / "run.jsonl")
     assert failure.absent == {"loads": "failed: AssertionError: rows are wrong"}
-
-
-# -- results ---------------------------------------------------------------------------
-
-
-def test_results_are_read_back_as_they_were_written(
-    device: Device, tmp_path: Path
-) -> None:
-    sink = Sink(tmp_path, "smoke", gpu="A GPU", versions={"driver": "13.0"})
-    seconds = np.linspace(1, 2, 30)
-    timing = Timing("query", 4, seconds, seconds / 4, quiet=True)
-    both = [ratio("copy", seconds, floor=1.2), ratio("10 us", seconds, sense="at_most")]
-    lines = [
-        timed("query", timing, {"dim": 8}, ratios=both, absent={"torch": "no torch"}),
-        counted("query", "keys", np.int64(7), "keys"),
-        left_out("query", {"cupy": "no cupy"}),
-    ]
-    for line in lines:
-        sink.write(line)
-    for got, line in zip(records.read(tmp_path / "query.jsonl"), lines, strict=True):
-        values = dataclasses.asdict(line)
-        values["ratios"] = list(values["ratios"])
-        assert values == {
-            **got.model_dump(include=set(values)),
-            "ratios": [r.model_dump() for r in got.ratios],
-        }
-        assert (got.machine.gpu, got.versions["driver"]) == ("A GPU", "13.0")
-    read = records.read(tmp_path / "query.jsonl")[0]
-    expected = records.timed(
-        "query", timing, params={"dim": 8}, where=records.origin("smoke")
-    )
-    same = {"median", "p05", "p95", "p99", "max", "noise", "marks", "rounds"}
-    assert read.model_dump(include=same) == expected.model_dump(include=same)
-
-
-def test_a_result_that_is_no_number_is_refused(device: Device, tmp_path: Path) -> None:
-    sink = Sink(tmp_path, "smoke", gpu="", versions={})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        sink.write(counted("query", "keys", float("nan"), "keys"))
-
-
-def test_goals_are_met_by_medians() -> None:
-    def line(name: str, sense: str, median: float) -> Line:
-        one = ratio("it", [median], floor=1.0, sense=sense)
-        return dataclasses.replace(counted(name, "a", 1, "s"), ratios=(one,))
-
-    table = goals_table(
-        [
-            line("fast", "at_least", 1.5),
-            line("slow", "at_least", 0.5),
-            line("short", "at_most", 0.5),
-            line("long", "at_most", 1.5),
-        ]
-    )
-    verdicts = {
-        row.split()[1].strip(","): row.split()[0] for row in table.split("\n")[1:]
-    }
-    assert verdicts == {
-        "fast": "met",
-        "slow": "MISSED",
-        "short": "met",
-        "long": "MISSED",
-    }
-    assert "0.5 x it" in describe(line("short", "at_most", 0.5))
-
-
-def test_without_results_every_table_says_so(tmp_path: Path) -> None:
-    document = tmp_path / "gpu.md"
-    assert report.all_tables([]).count(report.NOTHING) == len(report.SECTIONS)
-    assert report.write_report(tmp_path, document) == report.all_tables([])
-    document.write_text("a\n<!-- bench: goals -->\nold\n<!-- end -->\nb\n")
-    report.write_report(tmp_path, document)
-    assert document.read_text() == (
-        f"a\n<!-- bench: goals -->\n{report.NOTHING}\n<!-- end -->\nb\n"
-    )
-    with pytest.raises(KeyError, match="nothing is none of machine"):
-        report.filled("<!-- bench: nothing -->\n<!-- end -->", [])
-
-
-def test_the_report_shows_the_newest_full_results(tmp_path: Path) -> None:
-    for profile, median in (("full", 1), ("full", 2), ("smoke", 3)):
-        sink = Sink(tmp_path, profile, gpu="A GPU", versions={})
-        sink.write(counted("checks", "graph replays", median, "keys"))
-    results = report.load(tmp_path)
-    assert [r["median"] for r in results] == [2]
-    assert "| graph replays |  | 2 | keys |" in report.all_tables(results)
 
 
 # -- baselines -------------------------------------------------------------------------
@@ -397,6 +310,53 @@ def test_sums_notice_torn_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     arena = stress.PooledArena(Gpu(0), stress.TINY, dim=32, seed=3)
     with pytest.raises(AssertionError, match="a sum over a torn row"):
         run_rounds(arena)
+
+
+def test_an_example_that_lacks_a_package_is_named(
+    device: Device, tmp_path: Path
+) -> None:
+    run = run_of(device, tmp_path)
+    example = tmp_path / "gpu_example.py"
+    example.write_text("print(1)\nprint(2)\n")
+    (line,) = checks.example(run, example)
+    assert (line.variant, line.median) == ("gpu_example.py", 2)
+    example.write_text("import surely_not_installed\n")
+    assert list(checks.example(run, example)) == []
+    assert "surely_not_installed" in run.not_run["gpu_example.py"]
+    example.write_text("import bench.gpu\nassert False, 'it is wrong'\n")
+    with pytest.raises(AssertionError, match="it is wrong"):
+        list(checks.example(run, example))
+
+
+def test_only_numpy_and_the_kernels_packages_are_needed(tmp_path: Path) -> None:
+    program = f"""
+import os
+import subprocess
+import sys
+for name in ("pydantic", "typer", "redis", "rocksdict", "rich", "matplotlib"):
+    sys.modules[name] = None
+from tests.support.fakegpu import install, shim
+if not shim.real_driver():
+    install()
+from bench.gpu.__main__ import main
+status = main(["--smoke", "--only", "served", "--out", {str(tmp_path)!r}])
+import bench.gpu.checks, tests.gpu.stress, tests.gpu.scale, tests.gpu.launches
+sys.stdout.flush()
+import os
+os._exit(status)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: served: ModuleNotFoundError: " in done.stdout
+    assert "pydantic" in records.read(tmp_path / "run.jsonl")[0].absent["served"]
 
 
 # -- around it -------------------------------------------------------------------------
