@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 from cuda.bindings import driver
 
 from bench.gpu.device import Device, Scratch
-from bench.gpu.kernels import BLOCK, SECTOR_BYTES, SECTORS_A_THREAD, sectors_kernel
+from bench.gpu.kernels import (
+    BLOCK,
+    SECTOR_BYTES,
+    SECTORS_A_THREAD,
+    fill_kernel,
+    row_words,
+    sector_of,
+    sectors_kernel,
+)
 from bench.gpu.timing import Work
 from hps_numba.kernels.cuda.launch import checked
+from hps_numba.kernels.cuda.layout import RowLayout
 
 
 def copy(device: Device, scratch: Scratch, n_bytes: int) -> Work:
@@ -28,17 +38,32 @@ def copy(device: Device, scratch: Scratch, n_bytes: int) -> Work:
     return Work("copy", call, 1, 2 * n_bytes, check)
 
 
-def sectors(device: Device, memory: int, n_bytes: int, n_launches: int) -> Work:
-    """Return reads of random sectors among the first ``n_bytes`` of some memory.
-
-    ``n_bytes`` is a power of two. Nothing comes out of it that could be looked at.
-    """
-    n_threads = max(BLOCK, min(1 << 22, n_bytes // SECTOR_BYTES // SECTORS_A_THREAD))
-    spec, grid = sectors_kernel(), (n_threads // BLOCK, 1)
-    n_items = grid[0] * BLOCK * SECTORS_A_THREAD
+def sectors(device: Device, scratch: Scratch, n_bytes: int, n_launches: int) -> Work:
+    """Return reads of random sectors of new memory; ``n_bytes`` is a power of two."""
+    n_sectors = n_bytes // SECTOR_BYTES
+    n_threads = max(BLOCK, min(1 << 22, n_sectors // SECTORS_A_THREAD))
+    n_threads -= n_threads % BLOCK
+    n_items = n_threads * SECTORS_A_THREAD
+    memory, out = scratch.block(n_bytes), scratch.block(4 * n_threads)
+    launch = device.gpu.launcher.launch
+    # A row of so many bytes is a sector.
+    rows = RowLayout(SECTOR_BYTES // 4)
+    grid = -(-n_sectors * (SECTOR_BYTES // 4) // BLOCK), 1
+    launch(fill_kernel(rows), grid, (memory, 0, n_sectors), device.stream)
 
     def call(i: int) -> None:
-        args = (memory, n_bytes // SECTOR_BYTES - 1, i * n_items)
-        device.gpu.launcher.launch(spec, grid, args, device.stream)
+        args = (memory, n_sectors - 1, i * n_items, out)
+        launch(sectors_kernel(), (n_threads // BLOCK, 1), args, device.stream)
 
-    return Work("random sectors", call, n_launches, n_items, lambda: None)
+    def check() -> None:
+        # Of the last launch, by its last threads.
+        n = min(n_threads, BLOCK)
+        got = device.read(out + 4 * (n_threads - n), n, np.uint32)
+        first = n_launches * n_items - n * SECTORS_A_THREAD
+        drawn = sector_of(first + np.arange(n * SECTORS_A_THREAD))
+        words = row_words(rows, drawn & np.uint64(n_sectors - 1))[:, 0]
+        wanted = np.bitwise_xor.reduce(words.reshape(n, SECTORS_A_THREAD), axis=1)
+        assert (got == wanted).all(), "other sectors were read"
+
+    written = ((out, 4 * n_threads),)
+    return Work("random sectors", call, n_launches, n_items, check, written)

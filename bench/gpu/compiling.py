@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from bench.gpu.kernels import fill_kernel, gather_kernel, has_words
 from hps_numba.kernels.cuda.cache import Cache
 from hps_numba.kernels.cuda.compiling import ComputeCapability, KernelSpec
 from hps_numba.kernels.cuda.cubins import CubinCache, default_directory
@@ -32,10 +33,13 @@ def compile_ahead(
 
 
 def specs_of(shape: Shape) -> Iterator[KernelSpec]:
-    """Yield the kernels of a cache of one shape."""
+    """Yield the kernels of a cache of one shape, and those that fill and gather."""
     rows, policy = shape
     layout = CacheLayout(rows, (TableLayout(1),))
     yield from Cache(layout, policy, base=0, launcher=_NoLauncher()).kernels()
+    if has_words(rows):
+        yield fill_kernel(rows)
+        yield gather_kernel(rows)
 
 
 class _NoLauncher:

@@ -14,7 +14,7 @@ from hps_numba.kernels.cuda.layout import RowLayout
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
     load_const_u64,
-    load_quad,
+    load_u32,
     store_u32,
 )
 from hps_numba.kernels.cuda.rows import gather_rows
@@ -27,7 +27,13 @@ SECTORS_A_THREAD = 8
 # Bits of a 4-byte word that differ between rows, and those that are always set, so that
 # each value is from 1 to 2.
 _BITS = {"float32": (0x007FFFFF, 0x3F800000), "float16": (0x03FF03FF, 0x3C003C00)}
+_SECTOR_FACTOR, _SECTOR_MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 _ROW_FACTOR, _PLACE_FACTOR, _MIX = 0x9E3779B1, 0x85EBCA77, 0x2C1B3C6D
+
+
+def has_words(rows: RowLayout) -> bool:
+    """Return whether rows can be filled: whole words of a type that is known."""
+    return rows.stored in _BITS and rows.row_bytes % 4 == 0
 
 
 def row_words(rows: RowLayout, numbers: Array) -> Array:
@@ -99,20 +105,33 @@ def gather_kernel(rows: RowLayout) -> KernelSpec:
     return KernelSpec(f"gather_{rows.name}", gather, "UUUU", block=BLOCK)
 
 
+def sector_of(n: Array) -> Array:
+    """Return random numbers of sectors, uint64, of which the kernel takes low bits."""
+    mixed = n.astype(np.uint64) * np.uint64(_SECTOR_FACTOR)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(_SECTOR_MIX)
+    drawn: Array = mixed >> np.uint64(16)
+    return drawn
+
+
 @cache
 def sectors_kernel() -> KernelSpec:
-    """Return a kernel that reads random sectors and does nothing else.
+    """Return a kernel that reads random sectors.
 
     Launch   a thread per ``SECTORS_A_THREAD`` sectors, all in flight together
-    Reads    half of each 32-byte sector; ``mask`` is their number less one
+    Reads    a word of each 32-byte sector; ``mask`` is their number less one
+    Writes   out uint32 (n_threads,): the first words of a thread's sectors, combined by
+             exclusive or, so that nothing of it can be left out
     """
 
-    def sectors(base: Any, mask: Any, seed: Any) -> None:
+    def sectors(base: Any, mask: Any, seed: Any, out: Any) -> None:
         thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
+        total = u32(0)
         for i in range(SECTORS_A_THREAD):
             mixed = u64(seed + thread * u64(SECTORS_A_THREAD) + u64(i))
-            mixed = u64(mixed * u64(0x9E3779B97F4A7C15))
-            mixed = u64(mixed ^ u64(mixed >> u64(29))) * u64(0xBF58476D1CE4E5B9)
-            load_quad(base + (u64(mixed >> u64(16)) & mask) * u64(SECTOR_BYTES))
+            mixed = u64(mixed * u64(_SECTOR_FACTOR))
+            mixed = u64(mixed ^ u64(mixed >> u64(29))) * u64(_SECTOR_MIX)
+            number = u64(mixed >> u64(16)) & mask
+            total = u32(total ^ load_u32(base + number * u64(SECTOR_BYTES)))
+        store_u32(out + thread * u64(4), total)
 
-    return KernelSpec("sectors", sectors, "UUU", block=BLOCK)
+    return KernelSpec("sectors", sectors, "UUUU", block=BLOCK)

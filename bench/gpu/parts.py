@@ -34,8 +34,7 @@ def memory(run: Run) -> Iterator[Line]:
         run.copy_rate = 1 / float(sorted(timing.per_item)[len(timing.per_item) // 2])
     for n_bytes in run.within("random sectors", run.sizes.sector_bytes):
         with run.device.scratch() as scratch:
-            memory = scratch.block(n_bytes)
-            work = ceilings.sectors(run.device, memory, n_bytes, 4)
+            work = ceilings.sectors(run.device, scratch, n_bytes, 4)
             timing = measure(run.device, [work], run.plan).timings["random sectors"]
             yield timed("sectors", timing, {"bytes": n_bytes})
 

@@ -95,9 +95,9 @@ def _new_run(
 def _print_plan(run: Run, chosen: dict[str, tuple[Part, float]]) -> None:
     device = run.device
     free = device.gpu.free_bytes / 2**30
-    print(
-        f"{device.name}, driver for CUDA {device.driver_version}, {free:.0f} GiB free"
-    )
+    cache = device.l2_bytes / 2**20
+    print(f"{device.name}, driver for CUDA {device.driver_version}")
+    print(f"{free:.0f} GiB of memory free, {cache:.0f} MiB of L2")
     planned = sum(seconds for _, seconds in chosen.values())
     for name, (_, seconds) in chosen.items():
         print(f"  {name:<16} {seconds:>4.0f} s")

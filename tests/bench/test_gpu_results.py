@@ -10,6 +10,7 @@ import pytest
 
 from bench import records
 from bench.gpu import report
+from bench.gpu.__main__ import RESULTS
 from bench.gpu.records import Line, Sink, counted, left_out, ratio, timed
 from bench.gpu.text import describe, goals_table
 from bench.harness import Timing
@@ -85,6 +86,11 @@ def test_without_results_every_table_says_so(tmp_path: Path) -> None:
     )
     with pytest.raises(KeyError, match="nothing is none of machine"):
         report.filled("<!-- bench: nothing -->\n<!-- end -->", [])
+
+
+def test_the_page_is_current() -> None:
+    page = report.DOCUMENT.read_text()
+    assert report.filled(page, report.load(RESULTS)) == page
 
 
 def test_the_report_shows_the_newest_full_results(tmp_path: Path) -> None:
