@@ -279,7 +279,10 @@ def stream_handle(stream: CudaStream | None) -> int:
     """Return a stream's number, which is 0 for None."""
     if stream is None:
         return 0
-    return int(stream.__cuda_stream__()[1])
+    ask = getattr(stream, "__cuda_stream__", None)
+    if ask is None:
+        raise TypeError(f"a stream is a handle, or has __cuda_stream__; got {stream!r}")
+    return int(ask()[1])
 
 
 def checked(result: tuple[Any, ...], what: str) -> Any:

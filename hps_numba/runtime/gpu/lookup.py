@@ -78,11 +78,8 @@ class GpuPath:
             on_host = not any(part.on_device for part in parts)
             lane = cache.lanes.take()
             try:
-                self._run(parts, lane, lane.stream if on_host else handle)
-            except BaseException:
-                for part in parts:
-                    part.asked.table.counters.add(errors=1)
-                raise
+                queries = GroupQuery.of(parts, cache, lane)
+                self._run(queries, lane, lane.stream if on_host else handle)
             finally:
                 cache.lanes.give_back(lane)
         for part in parts:
@@ -95,10 +92,8 @@ class GpuPath:
         gate = self._model.gate
         return PreparedLookup(self._cache, tables, sizes, self._pipeline, gate)
 
-    def _run(self, parts: list[Part], lane: Lane, stream: int) -> None:
-        queries = GroupQuery.of(parts, self._cache, lane)
+    def _run(self, queries: list[GroupQuery], lane: Lane, stream: int) -> None:
         lane.begin(stream)
-        pending = True
         try:
             for query in queries:
                 query.send(stream)
@@ -108,12 +103,13 @@ class GpuPath:
             missing = [m for query in queries for m in query.missing()]
             if missing:
                 self._resolve(missing, lane, stream)
-            pending = False
-        finally:
-            if pending:  # an error: the lane must be at rest before others use it
-                lane.rest(stream)
-        for query in queries:
-            query.finish(stream)
+            for query in queries:
+                query.finish(stream)
+        except BaseException:
+            lane.rest(stream)  # before others use it
+            for query in queries:
+                query.count_error()
+            raise
 
     def _resolve(self, missing: list[Missing], lane: Lane, stream: int) -> None:
         """Fetch missing keys, now or when the lookup is over."""

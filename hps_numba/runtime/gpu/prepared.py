@@ -129,8 +129,8 @@ class PreparedLookup:
             try:
                 self._bring(missing, handle)
             except BaseException:
-                for part in parts:
-                    part.asked.table.counters.add(errors=1)
+                for query in self._queries:
+                    query.count_error()
                 raise
             finally:
                 self._lane.rest(handle)

@@ -265,6 +265,11 @@ class GroupQuery:
         if copied:
             self._gpu.wait(stream)
 
+    def count_error(self) -> None:
+        """Count that the lookup failed."""
+        for part in self.parts:
+            part.asked.table.counters.add(errors=1)
+
     def _send_part(self, part: Part, stream: int) -> None:
         if isinstance(part.keys, DeviceView):
             target = self.lane.keys_address + 8 * part.start

@@ -16,7 +16,7 @@ from hps_numba.runtime.hps import HPS
 from hps_numba.runtime.session import LookupSession
 from tests.oracle import versioned_rows
 from tests.runtime.deployments import Table
-from tests.runtime.gpu.foreign import uploaded
+from tests.runtime.gpu.foreign import Described, uploaded
 from tests.runtime.gpu.gpu_servers import (
     COLOURS,
     ITEMS,
@@ -143,6 +143,37 @@ class TestRefusedCalls:
         keys = ITEMS.keys[:50]
         assert np.array_equal(session.lookup("items", keys), rows_for(ITEMS, keys))
 
+    def test_empty_arrays_have_no_address(
+        self, session: LookupSession, gpu: Gpu
+    ) -> None:
+        def empty(shape: tuple[int, ...], typestr: str) -> Described:
+            described = {"shape": shape, "typestr": typestr, "data": (0, False)}
+            return Described(described | {"strides": None, "version": 3})
+
+        keys, out = empty((0, 3), "<i8"), empty((0, 3, 4), "<f4")
+        assert session.lookup("items", keys, out=out) is out
+        users = uploaded(gpu, USERS.keys[:5])
+        rows = session.lookup({"items": keys, "users": users}, out={"items": out})
+        assert rows["items"] is out
+        assert np.array_equal(downloaded(gpu, rows["users"]), USERS.rows[:5])
+
+    def test_refused_calls_are_no_failed_lookups(
+        self, session: LookupSession, server: HPS
+    ) -> None:
+        with pytest.raises(ValueError, match="rows of one dtype"):
+            session.lookup(
+                {"sizes": [1], "colours": [1]},
+                out={"sizes": np.zeros((1, 4), np.float16)},
+            )
+        assert server.stats().table("wdl", "sizes").errors == 0
+
+    @pytest.mark.parametrize("stream", ["default", object(), np.int64(0), 0.0])
+    def test_a_stream_that_is_none_is_refused(
+        self, session: LookupSession, stream: Any
+    ) -> None:
+        with pytest.raises(TypeError, match="a stream is a handle, or has"):
+            session.lookup("items", [1], stream=stream)
+
     def test_tables_of_one_launch_give_rows_of_one_dtype(
         self, session: LookupSession, gpu: Gpu
     ) -> None:
@@ -239,6 +270,31 @@ class TestStreams:
                 session.lookup("users", keys, out=Lent(out, theirs), stream=mine)
                 got = downloaded(gpu, out, mine)
                 assert np.array_equal(got, rows_for(USERS, keys))
+
+    def test_a_lookup_leaves_what_the_last_one_of_its_lane_has_still_to_do(
+        self, tmp_path: Path, gpu: Gpu
+    ) -> None:
+        """The last one's rows are on their way to its output and into the cache."""
+        fake, rng = fakegpu.current(), np.random.default_rng(9)
+        options = {"cache_size_percentage": 0.2, "number_of_worker_buffers_in_pool": 1}
+        with (
+            gpu_server(tmp_path, TABLES, block_rows=400, **options) as made,
+            streams(gpu, 3) as several,
+        ):
+            session = made.session("wdl")
+            for seed in range(6):
+                if fake is not None:
+                    fake.reseed(seed)
+                plain = [rng.permutation(ITEMS.keys)[:90] for _ in several]
+                keys = [uploaded(gpu, k) for k in plain]
+                rows = [
+                    session.lookup("items", k, stream=stream)
+                    for k, stream in zip(keys, several, strict=True)
+                ]
+                for k, got, stream in zip(plain, rows, several, strict=True):
+                    here = downloaded(gpu, got, stream)
+                    assert np.array_equal(here, rows_for(ITEMS, k))
+                rows.clear()
 
     def test_a_stream_is_a_handle_or_has_one(
         self, session: LookupSession, gpu: Gpu
