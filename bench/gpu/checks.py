@@ -77,7 +77,7 @@ def large_tables(run: Run) -> Iterator[Line]:
     much, gpu = _amounts(run), run.device.gpu
     found = scale.check_operations(gpu, much.large_keys, much.large_cases)
     yield from _within(run, "large tables", found)
-    found = scale.check_pooled(gpu, much.large_keys, much.pooled_cases)
+    found = scale.check_pooled(gpu, much.large_keys // 4, much.pooled_cases)
     yield from _within(run, "large tables", found)
 
 

@@ -131,6 +131,9 @@ class Arena:
         self.seen = Reads()
         # Nothing is compiled or loaded behind the gate.
         gpu.launcher.warm_up(self.kernels())
+        everyone = np.arange(sizes.n_keys)
+        self._insert("first", everyone, self.versions, 0, self.streams[0])()
+        gpu.wait(self.streams[0])
 
     def kernels(self) -> Iterator[KernelSpec]:
         """Yield what a round launches."""
