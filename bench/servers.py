@@ -33,7 +33,8 @@ class Served:
 
     def lookup(self, keys: Keys) -> Rows:
         """Look keys up as a user does who lets the server make the output."""
-        return self.server.lookup(keys, self.table.model, self.table.name)
+        rows: Rows = self.server.lookup(keys, self.table.model, self.table.name)
+        return rows
 
     def lookup_into(self, keys: Keys, out: Rows) -> None:
         """Look keys up into an output of the user's own."""

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from bench.gpu.plan import Run
 from bench.gpu.records import Line, counted
@@ -36,9 +38,7 @@ SMOKE = Amounts(60, 1, 300, 1, 1, 0.0, 2)
 
 def launches(run: Run) -> Iterator[Line]:
     """Launch while another device is current, and from captured graphs."""
-    _find_tests()
-    from tests.gpu import launches as checked
-
+    checked = _tests("launches")
     if checked.n_devices() > 1:
         yield _compared("another device is current", checked.check_current_device())
     else:
@@ -48,9 +48,7 @@ def launches(run: Run) -> Iterator[Line]:
 
 def random_operations(run: Run) -> Iterator[Line]:
     """Run random operations on small tables, each compared with the oracle."""
-    _find_tests()
-    from tests.gpu import operations
-
+    operations = _tests("operations")
     much = _amounts(run)
     found = operations.check_operations(
         run.device.gpu, much.random_keys, much.random_cases
@@ -60,9 +58,7 @@ def random_operations(run: Run) -> Iterator[Line]:
 
 def races(run: Run) -> Iterator[Line]:
     """Read beside writers."""
-    _find_tests()
-    from tests.gpu import stress
-
+    stress = _tests("stress")
     much = _amounts(run)
     sizes = stress.TINY if run.smoke else stress.Sizes()
     found = stress.check_races(run.device.gpu, sizes, much.race_s, much.races)
@@ -71,9 +67,7 @@ def races(run: Run) -> Iterator[Line]:
 
 def large_tables(run: Run) -> Iterator[Line]:
     """Run every operation on large tables, each compared with the oracle."""
-    _find_tests()
-    from tests.gpu import scale
-
+    scale = _tests("scale")
     much, gpu = _amounts(run), run.device.gpu
     found = scale.check_operations(gpu, much.large_keys, much.large_cases)
     yield from _within(run, "large tables", found)
@@ -116,14 +110,13 @@ def example(run: Run, path: Path) -> Iterator[Line]:
 
 
 def _arrays(run: Run) -> Iterator[Line]:
-    _find_tests()
     libraries = run.libraries
     for name, library in (("cupy", libraries.cupy), ("torch", libraries.torch)):
         if library is None:
             run.not_run[f"interop, {name}"] = libraries.absent[name]
             continue
         try:
-            from tests.gpu import interop as checked
+            checked = _tests("interop")
         except ImportError as exc:
             run.not_run[f"interop, {name}"] = f"{type(exc).__name__}: {exc}"
             continue
@@ -133,11 +126,9 @@ def _arrays(run: Run) -> Iterator[Line]:
 
 def check_shapes() -> Iterator[tuple[RowLayout, Policy]]:
     """Yield the shapes of the caches that are checked."""
-    _find_tests()
-    from tests.gpu import operations, scale, stress
-
-    yield from (*operations.CASES, *scale.CASES, *scale.POOLED)
-    for _, _, dim in stress.CASES:
+    scale = _tests("scale")
+    yield from (*_tests("operations").CASES, *scale.CASES, *scale.POOLED)
+    for _, _, dim in _tests("stress").CASES:
         yield RowLayout(dim), Policy.LRU
 
 
@@ -154,10 +145,9 @@ def _compared(name: str, n: int) -> Line:
     return counted("checks", name, n, "keys")
 
 
-def _find_tests() -> None:
-    """Let ``tests`` be this project's, whatever else is installed by that name."""
-    import tests
-
-    folder = str(ROOT / "tests")
+def _tests(name: str) -> Any:
+    """Import checks of this project, whatever else is installed as ``tests``."""
+    tests, folder = import_module("tests"), str(ROOT / "tests")
     if folder not in list(tests.__path__):
         tests.__path__.insert(0, folder)
+    return import_module(f"tests.gpu.{name}")
