@@ -12,6 +12,7 @@ import pytest
 
 import hps_numba as hps
 from hps_numba.config import InferenceParams, ParameterServerConfig
+from hps_numba.kernels.cuda.layout import DUMP_BYTES
 from hps_numba.runtime.gpu.lane_layout import buffer_bytes, lane_layouts
 from hps_numba.runtime.gpu.sizing import plan_cache
 from hps_numba.tiers.model_files import write_model_directory
@@ -75,7 +76,7 @@ def test_each_lookup_at_a_time_has_buffers_of_its_own(files: str) -> None:
     assert three.device - one.device == 2 * lane
     # A block has 64 rows, each with its key, a mark and an outcome.
     assert block.n_bytes >= 64 * (block.row_bytes + 8 + 1 + 1)
-    assert one.device == lane + block.n_bytes
+    assert one.device == lane + block.n_bytes + DUMP_BYTES
 
 
 def test_a_cache_that_cannot_be_is_refused_before_anything_is_opened(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 
 from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.runtime.gpu.errors import device_errors
@@ -61,17 +62,29 @@ class GpuCache:
         self.plan = plan
         self._closing = threading.Lock()
         self._closed = False
-        with device_errors(f"the GPU cache on device {gpu.ordinal}"):
+        # Whatever fails, what was made before is given back at once.
+        with (
+            device_errors(f"the GPU cache on device {gpu.ordinal}"),
+            ExitStack() as made,
+        ):
             lanes, staging = lane_layouts(plan, block_rows)
             self._staging = staging
-            self.groups = tuple(Group(gpu, group) for group in plan.groups)
-            self._writer = Writer(gpu, staging)
+            self.groups = tuple(
+                made.enter_context(closing(Group(gpu, group))) for group in plan.groups
+            )
+            self._writer = made.enter_context(closing(Writer(gpu, staging)))
             with self._writer as stream:
                 for group in self.groups:
                     group.prepare(gpu, stream)
-            self.lanes = LanePool([Lane(gpu, lanes, staging) for _ in range(n_lanes)])
+            self.lanes = LanePool(
+                [
+                    made.enter_context(closing(Lane(gpu, lanes, staging)))
+                    for _ in range(n_lanes)
+                ]
+            )
             kernels = [k for group in self.groups for k in group.cache.kernels()]
             gpu.launcher.warm_up(dict.fromkeys(kernels), progress)
+            made.pop_all()
         self.block_rows = staging.n_rows
         self.tables = {
             spec.tag: TableCache(group, i, gpu, self._writer)

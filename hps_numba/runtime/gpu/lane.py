@@ -150,10 +150,11 @@ class Lane:
         self, gpu: Gpu, groups: Sequence[LaneLayout], staging: StagingLayout
     ) -> None:
         self._gpu = gpu
-        self.stream, self.side = gpu.stream(), gpu.stream()
         self.groups = tuple(GroupLane(gpu, layout) for layout in groups)
         self.staging = (Staging(gpu, staging), Staging(gpu, staging))
         self.copied, self._done = Event(gpu), Event(gpu)
+        # Last, as they do not go by themselves if there is no memory for the others.
+        self.stream, self.side = gpu.stream(), gpu.stream()
         self._in_use = False
         for group in self.groups:
             group.prepare(self.stream)

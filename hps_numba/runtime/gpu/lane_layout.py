@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from hps_numba.kernels.cuda.layout import MAX_KEYS, WAYS, WorkLayout, aligned
+from hps_numba.kernels.cuda.layout import (
+    DUMP_BYTES,
+    MAX_KEYS,
+    WAYS,
+    WorkLayout,
+    aligned,
+)
 from hps_numba.runtime.gpu.sizing import CachePlan
 
 
@@ -124,6 +130,6 @@ def buffer_bytes(plan: CachePlan, block_rows: int, n_lanes: int) -> Buffers:
     lanes, staging = lane_layouts(plan, block_rows)
     blocks = (2 * n_lanes + 1) * staging.n_bytes
     return Buffers(
-        n_lanes * sum(layout.device_bytes for layout in lanes) + blocks,
+        n_lanes * sum(layout.device_bytes for layout in lanes) + blocks + DUMP_BYTES,
         n_lanes * sum(layout.pinned_bytes for layout in lanes) + blocks,
     )

@@ -104,8 +104,8 @@ class Meter:
 
     Attributes
     ----------
-    live
-        Bytes by address; of the device, and pinned.
+    device, pinned
+        Bytes that are taken, by address.
     refuse_at
         Number of the allocation that fails, counted from now; None for none.
     """
@@ -115,7 +115,9 @@ class Meter:
         self.device: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
         self.refuse_at: int | None = None
-        self.n_streams = self.n_events = 0
+        self.n_blocks = 0  # that were ever taken
+        self.streams: set[int] = set()
+        self.events: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._driver, name)
@@ -124,7 +126,7 @@ class Meter:
     def live(self) -> tuple[int, int, int, int]:
         """Bytes on devices, pinned bytes, streams and events."""
         sizes = sum(self.device.values()), sum(self.pinned.values())
-        return (*sizes, self.n_streams, self.n_events)
+        return (*sizes, len(self.streams), len(self.events))
 
     def cuMemAlloc(self, n_bytes: int) -> Any:  # noqa: N802 - the driver's name
         return self._allocate(self._driver.cuMemAlloc, self.device, n_bytes)
@@ -133,27 +135,29 @@ class Meter:
         return self._allocate(self._driver.cuMemAllocHost, self.pinned, n_bytes)
 
     def cuMemFree(self, address: int) -> Any:  # noqa: N802 - the driver's name
-        del self.device[address]
+        self.device.pop(address, None)  # what is older is not counted
         return self._driver.cuMemFree(address)
 
     def cuMemFreeHost(self, address: int) -> Any:  # noqa: N802 - the driver's name
-        del self.pinned[address]
+        self.pinned.pop(address, None)
         return self._driver.cuMemFreeHost(address)
 
     def cuStreamCreate(self, flags: int) -> Any:  # noqa: N802 - the driver's name
-        self.n_streams += 1
-        return self._driver.cuStreamCreate(flags)
+        status, stream = self._driver.cuStreamCreate(flags)
+        self.streams.add(int(stream))
+        return status, stream
 
     def cuStreamDestroy(self, stream: int) -> Any:  # noqa: N802 - the driver's name
-        self.n_streams -= 1
+        self.streams.discard(stream)
         return self._driver.cuStreamDestroy(stream)
 
     def cuEventCreate(self, flags: int) -> Any:  # noqa: N802 - the driver's name
-        self.n_events += 1
-        return self._driver.cuEventCreate(flags)
+        status, event = self._driver.cuEventCreate(flags)
+        self.events.add(int(event))
+        return status, event
 
     def cuEventDestroy(self, event: Any) -> Any:  # noqa: N802 - the driver's name
-        self.n_events -= 1
+        self.events.discard(int(event))
         return self._driver.cuEventDestroy(event)
 
     def _allocate(self, allocate: Any, taken: dict[int, int], n_bytes: int) -> Any:
@@ -163,6 +167,7 @@ class Meter:
                 return _OUT_OF_MEMORY, 0
         status, address = allocate(n_bytes)
         taken[int(address)] = n_bytes
+        self.n_blocks += 1
         return status, address
 
 
