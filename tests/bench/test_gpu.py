@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,40 +11,24 @@ import numpy as np
 import pytest
 
 from bench import records
-from bench.gpu import checks, compiling, parts, report, sanitizer, tables, timing, works
+from bench.gpu import compiling, parts, report, tables, timing, works
 from bench.gpu.__main__ import main
-from bench.gpu.baselines import Libraries
 from bench.gpu.device import Device
 from bench.gpu.kernels import BLOCK, fill_kernel, row_words
-from bench.gpu.plan import SMOKE, SMOKE_PLAN, Run
-from bench.gpu.records import Sink
+from bench.gpu.plan import SMOKE_PLAN
 from bench.harness import Timing
-from hps_numba.kernels.cuda.cubins import DIRECTORY_VARIABLE
 from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.kernels.cuda.layout import Policy, RowLayout
+from tests.bench.gpu_runs import run_of
 from tests.bench.libraries import Torch, WrongCupy
 from tests.gpu import stress
 from tests.gpu.bigtable import BigTable
 from tests.gpu.mirrored import MirroredMemory
 
-pytestmark = pytest.mark.device
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("cubins")]
 
 ROWS = RowLayout(32)
 LATEST = 2**63
-
-
-@pytest.fixture(autouse=True)
-def cubins(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "cubins"
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
-    return folder
-
-
-@pytest.fixture
-def device() -> Device:
-    return Device(Gpu(0))
 
 
 @pytest.fixture
@@ -54,20 +36,6 @@ def table(device: Device) -> Iterator[tables.Table]:
     made = tables.Table(device, ROWS, n_slots=28 * 40, load=0.5, seed=1)
     yield made
     made.close()
-
-
-def run_of(device: Device, folder: Path, *, seconds: float = 60.0) -> Run:
-    return Run(
-        device,
-        Libraries(device),
-        SMOKE,
-        SMOKE_PLAN,
-        SMOKE_PLAN,
-        Sink(folder, "smoke", gpu=device.name, versions={}),
-        True,
-        lambda: seconds,
-        lambda: seconds,
-    )
 
 
 # -- the whole -------------------------------------------------------------------------
@@ -310,71 +278,6 @@ def test_sums_notice_torn_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     arena = stress.PooledArena(Gpu(0), stress.TINY, dim=32, seed=3)
     with pytest.raises(AssertionError, match="a sum over a torn row"):
         run_rounds(arena)
-
-
-def test_an_example_that_lacks_a_package_is_named(
-    device: Device, tmp_path: Path
-) -> None:
-    run = run_of(device, tmp_path)
-    example = tmp_path / "gpu_example.py"
-    example.write_text("print(1)\nprint(2)\n")
-    (line,) = checks.example(run, example)
-    assert (line.variant, line.median) == ("gpu_example.py", 2)
-    example.write_text("import surely_not_installed\n")
-    assert list(checks.example(run, example)) == []
-    assert "surely_not_installed" in run.not_run["gpu_example.py"]
-    example.write_text("import bench.gpu\nassert False, 'it is wrong'\n")
-    with pytest.raises(AssertionError, match="it is wrong"):
-        list(checks.example(run, example))
-
-
-def test_only_numpy_and_the_kernels_packages_are_needed(tmp_path: Path) -> None:
-    program = f"""
-import os
-import subprocess
-import sys
-for name in ("pydantic", "typer", "redis", "rocksdict", "rich", "matplotlib"):
-    sys.modules[name] = None
-from tests.support.fakegpu import install, shim
-if not shim.real_driver():
-    install()
-from bench.gpu.__main__ import main
-status = main(["--smoke", "--only", "served", "--out", {str(tmp_path)!r}])
-import bench.gpu.checks, tests.gpu.stress, tests.gpu.scale, tests.gpu.launches
-sys.stdout.flush()
-import os
-os._exit(status)
-"""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "left out: served: ModuleNotFoundError: " in done.stdout
-    assert "pydantic" in records.read(tmp_path / "run.jsonl")[0].absent["served"]
-
-
-# -- around it -------------------------------------------------------------------------
-
-
-def test_the_sanitizer_is_believed(device: Device, tmp_path: Path) -> None:
-    run = run_of(device, tmp_path)
-    (line,) = sanitizer.judged(run, "...\n===== ERROR SUMMARY: 0 errors\n", 0)
-    assert (line.median, line.unit) == (0, "errors")
-    for output, status in (
-        ("ERROR SUMMARY: 2 errors", 9),
-        ("ERROR SUMMARY: 0 errors", 1),
-    ):
-        with pytest.raises(AssertionError, match=r"2 errors|the run failed"):
-            list(sanitizer.judged(run, output, status))
-    assert not run.not_run
-    assert list(sanitizer.judged(run, "no debugger here", 255)) == []
-    assert "no debugger here" in run.not_run["compute-sanitizer memcheck"]
 
 
 def test_kernels_are_compiled_ahead(cubins: Path) -> None:
