@@ -30,7 +30,8 @@ from tests.runtime.gpu.gpu_servers import (
     some_keys,
     streams,
 )
-from tests.support.wrappers import FailingTier
+from tests.support.gates import StopPoints
+from tests.support.wrappers import FailingTier, GatedTier
 
 pytestmark = pytest.mark.device
 
@@ -185,6 +186,30 @@ class TestThresholds:
             assert np.array_equal(found, keys >= 5)
             assert np.array_equal(rows[found], rows_for(ITEMS, keys[found]))
             assert (rows[~found] == ITEMS.default).all()
+
+    def test_deferred_keys_are_those_of_their_lookup(self, tmp_path: Path) -> None:
+        """However many lookups of the same lane come before they are fetched."""
+        stops = StopPoints()
+        options = {
+            "host": False,
+            "wrap_tier": Wraps(lambda tier: GatedTier(tier, stops)),
+            "number_of_worker_buffers_in_pool": 1,
+        }
+        lookups = [np.arange(low, low + 30) for low in (0, 30, 60)]
+        hits = np.arange(N_GONE, N_GONE + 90)
+        with partly_cached(tmp_path, 0.5, **options) as server:
+            stops.arm("rocksdb.fetch")
+            for missing in lookups:
+                server.lookup(np.concatenate([missing, hits]), "wdl", "items")
+                stops.wait_held("rocksdb.fetch")
+            stops.release("rocksdb.fetch")
+            server.drain()
+            keys = np.concatenate([*lookups, hits])
+            found = np.zeros(keys.size, np.bool_)
+            rows = server.lookup(keys, "wdl", "items", found=found)
+            assert np.array_equal(rows, rows_for(ITEMS, keys))
+            assert found.all()
+            assert server.stats().table("wdl", "items").deferred == 90
 
     def test_a_deferred_fetch_that_fails_is_logged_and_fails_no_lookup(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
