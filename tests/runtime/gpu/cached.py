@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hps_numba.runtime.hps import HPS
 from hps_numba.runtime.session import LookupSession, ServedModel
 from tests.oracle import versions_in
 
+NOTHING = (0, 0, 0, 0)  # live: bytes, pinned bytes, streams, events
 _OUT_OF_MEMORY = 2
 
 
@@ -127,6 +129,12 @@ class Meter:
         """Bytes on devices, pinned bytes, streams and events."""
         sizes = sum(self.device.values()), sum(self.pinned.values())
         return (*sizes, len(self.streams), len(self.events))
+
+    def settled(self, wanted: tuple[int, ...] = NOTHING) -> tuple[int, ...]:
+        """Return ``live``, without what waits for the garbage collector."""
+        if self.live != wanted:
+            gc.collect()
+        return self.live
 
     def cuMemAlloc(self, n_bytes: int) -> Any:  # noqa: N802 - the driver's name
         return self._allocate(self._driver.cuMemAlloc, self.device, n_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tests.runtime.deployments import (
     write_table,
 )
 from tests.runtime.gpu.cached import (
+    NOTHING,
     Meter,
     cached_keys,
     cached_versions,
@@ -157,7 +157,7 @@ class TestWarmUp:
         assert len(held) == 299
         assert {k: v for k, v in held.items() if v != 1} == {1: 9, 2: 9}
 
-    def test_progress_adds_up(self, tmp_path: Path) -> None:
+    def test_progress_adds_up(self, tmp_path: Path, devices: list[int]) -> None:
         told: dict[str, list[tuple[int, int]]] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -167,14 +167,14 @@ class TestWarmUp:
             tmp_path,
             [ITEMS, USERS],
             use_gpu_embedding_cache=True,
-            deployed_devices=[0, 1],
+            deployed_devices=devices,
             warm_up_rows_per_table=[200, 60],
             **ALL,
         )
         config = server_config(tmp_path, [params], volatile={"max_batch_size": 64})
         with HPS(config, progress=progress):
             pass
-        for device in (0, 1):
+        for device in devices:
             for name, n_rows in (("items", 200), ("users", 60)):
                 steps = told[f"wdl/{name} warm-up of gpu:{device}"]
                 assert steps[0] == (0, n_rows)
@@ -235,12 +235,10 @@ class TestReload:
 def meter() -> Iterator[Meter]:
     with metered() as made:
         yield made
-        gc.collect()
-        assert made.live == (0, 0, 0, 0)
+        assert made.settled() == NOTHING
 
 
 class TestMemory:
-    @pytest.mark.parametrize("devices", [[0], [0, 1]], ids=["one device", "two"])
     def test_it_is_what_was_estimated(
         self, tmp_path: Path, meter: Meter, devices: list[int]
     ) -> None:
@@ -304,8 +302,7 @@ class TestMemory:
                 meter.refuse_at = number
                 with pytest.raises(DeviceError, match="a prepared lookup on device 0"):
                     session.prepare({"items": 30})
-                gc.collect()
-                assert meter.live == one, number
+                assert meter.settled(one) == one, number
 
     def test_reloads_and_refreshes_take_none_for_good(
         self, tmp_path: Path, meter: Meter
@@ -328,19 +325,17 @@ class TestMemory:
             meter.refuse_at = number
             with pytest.raises(DeviceError, match=message):
                 GpuCache(gpu, plan, **sizes)
-            gc.collect()
-            assert meter.live == (0, 0, 0, 0), number
+            assert meter.settled() == NOTHING, number
 
     def test_too_little_of_it_on_the_second_device_frees_the_first(
-        self, tmp_path: Path, meter: Meter
+        self, tmp_path: Path, meter: Meter, two_devices: list[int]
     ) -> None:
         with gpu_server(tmp_path, [ITEMS]):
             one = meter.n_blocks
         meter.refuse_at = one + one // 2
         with pytest.raises(DeviceError, match="the GPU cache on device 1: "):
-            gpu_server(tmp_path, [ITEMS], deployed_devices=[0, 1])
-        gc.collect()
-        assert meter.live == (0, 0, 0, 0)
+            gpu_server(tmp_path, [ITEMS], deployed_devices=two_devices)
+        assert meter.settled() == NOTHING
 
     def test_a_model_that_finds_too_little_leaves_the_others(
         self, tmp_path: Path, meter: Meter
@@ -353,8 +348,7 @@ class TestMemory:
             meter.refuse_at = 3
             with pytest.raises(DeviceError, match=r"device 0 has no .* bytes left"):
                 server.add_model(params)
-            gc.collect()
-            assert meter.live == one
+            assert meter.settled(one) == one
             assert server.models == ("wdl",)
             meter.refuse_at = None
             server.add_model(params)
@@ -371,7 +365,7 @@ class TestDevices:
             gpu_server(tmp_path, [ITEMS], deployed_devices=[0, 9])
 
     def test_a_model_may_be_on_another_device_only(
-        self, tmp_path: Path, meter: Meter
+        self, tmp_path: Path, meter: Meter, two_devices: list[int]
     ) -> None:
         with gpu_server(tmp_path, [ITEMS], deployed_devices=[1], **ALL) as server:
             assert cached_versions(server, "items", 1) == dict.fromkeys(range(300), 1)
