@@ -8,6 +8,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.cache import Cache
 from hps_numba.kernels.cuda.gpu import Block, Gpu
 from hps_numba.kernels.cuda.layout import DUMP_BYTES, DUMPED, DUMPED_BUSY, WAYS
@@ -27,12 +28,18 @@ class Writer:
         The device.
     layout
         The block.
+
+    Raises
+    ------
+    ClosedError
+        If it is entered after ``close``: by whoever was waited for in vain.
     """
 
     def __init__(self, gpu: Gpu, layout: StagingLayout) -> None:
         self.n_rows = layout.n_rows
         self._gpu = gpu
-        self._lock = threading.Lock()  # guards the block, the counts and the stream
+        self._lock = threading.Lock()  # guards all below
+        self._closed = False
         self._staging = Staging(gpu, layout)
         self._counts = Block(gpu, DUMP_BYTES)
         self._stream = gpu.stream()
@@ -40,6 +47,9 @@ class Writer:
 
     def __enter__(self) -> int:
         self._lock.acquire()
+        if self._closed:
+            self._lock.release()
+            raise ClosedError("the GPU cache is closed")
         return self._stream
 
     def __exit__(
@@ -96,7 +106,8 @@ class Writer:
 
     def close(self) -> None:
         """Wait for the last write, and give everything back."""
-        with self._lock:
+        with self:
+            self._closed = True
             self._gpu.wait(self._stream)
             self._staging.close()
             self._counts.close()

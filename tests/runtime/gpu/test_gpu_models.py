@@ -383,3 +383,20 @@ class TestDevices:
             session.lookup("items", [1])
         with pytest.raises(ClosedError):
             session.prepare({"items": 4})
+
+    def test_a_write_that_comes_after_the_close_touches_no_memory(
+        self, tmp_path: Path, meter: Meter
+    ) -> None:
+        with gpu_server(tmp_path, [ITEMS]) as server:
+            cache = table_cache(server, "items")
+        keys, rows = ITEMS.keys[:2], ITEMS.rows[:2]
+        for call in (
+            lambda: cache.insert(keys, rows, cache.epoch),
+            lambda: cache.update(keys, rows),
+            lambda: cache.evict(keys),
+            lambda: cache.keys_of(0, 1),
+            cache.clear,
+            cache.totals,
+        ):
+            with pytest.raises(ClosedError, match="the GPU cache is closed"):
+                call()
