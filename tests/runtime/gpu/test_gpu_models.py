@@ -163,12 +163,13 @@ class TestWarmUp:
         def progress(what: str, done: int, total: int) -> None:
             told.setdefault(what, []).append((done, total))
 
+        np.save(tmp_path / "items.npy", np.arange(150, 350))  # some without a row
         params = model(
             tmp_path,
             [ITEMS, USERS],
             use_gpu_embedding_cache=True,
             deployed_devices=devices,
-            warm_up_rows_per_table=[200, 60],
+            warm_up_keys_per_table=[str(tmp_path / "items.npy"), ""],
             **ALL,
         )
         config = server_config(tmp_path, [params], volatile={"max_batch_size": 64})
@@ -373,16 +374,6 @@ class TestDevices:
             assert np.array_equal(rows, ITEMS.rows)
             with pytest.raises(UnknownTableError, match=r"not deployed to device 0"):
                 server.session("wdl")
-
-    def test_a_closed_server_refuses_calls(self, tmp_path: Path, meter: Meter) -> None:
-        server = gpu_server(tmp_path, [ITEMS])
-        session = server.session("wdl")
-        server.close()
-        server.close()
-        with pytest.raises(ClosedError):
-            session.lookup("items", [1])
-        with pytest.raises(ClosedError):
-            session.prepare({"items": 4})
 
     def test_a_write_that_comes_after_the_close_touches_no_memory(
         self, tmp_path: Path, meter: Meter

@@ -63,9 +63,12 @@ class TestHeldSets:
         with gpu_server(tmp_path, [ITEMS], **ALL) as server:
             cache = table_cache(server, "items")
             in_set = cache.keys_of(0, 1)
-            assert 3 < in_set.size < 20
             freed = FreedAfter(cache, n_tries=3)
-            keys = np.arange(20 + in_set.max())
+            # A block in which they are not the first ones, and more blocks.
+            keys = np.arange(64, 320)
+            in_set = in_set[in_set >= 64]
+            assert 64 not in in_set
+            assert (in_set < 128).sum() > 1
             server.update("wdl", "items", keys, rows_of(keys, 2))
             held = cached_versions(server, "items")
         assert freed.tries >= 3
