@@ -267,6 +267,20 @@ class TestSeveralTables:
                     wanted = rows_for(table, keys[table.name])
                     assert np.array_equal(rows[table.name], wanted)
 
+    @pytest.mark.parametrize("longest", [ITEMS, USERS, BRANDS], ids=lambda t: t.name)
+    def test_any_table_may_have_the_most_keys(
+        self, session: LookupSession, longest: Table
+    ) -> None:
+        rng = np.random.default_rng(11)
+        keys = {
+            t.name: some_keys(rng, t, MAX_KEYS if t is longest else 2)
+            for t in (ITEMS, USERS, BRANDS)
+        }
+        rows = session.lookup(keys)
+        for table in (ITEMS, USERS, BRANDS):
+            wanted = rows_for(table, keys[table.name])
+            assert np.array_equal(rows[table.name], wanted)
+
     def test_no_tables_give_no_rows(self, session: LookupSession) -> None:
         assert session.lookup({}) == {}
         assert session.lookup({}, stream=0) == {}

@@ -128,6 +128,35 @@ class TestLaunches:
                 prepared.launch(mine)
                 check(gpu, prepared, keys, mine)
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_each_launch_follows_the_last_one_at_once(
+        self, tmp_path: Path, gpu: Gpu, seed: int
+    ) -> None:
+        """What is left of a completion must not meet the keys of the next launch."""
+        fake, rng = fakegpu.current(), np.random.default_rng(seed)
+        with serving(tmp_path, share=0.4) as server, streams(gpu, 1) as (mine,):
+            session = server.session("wdl")
+            if fake is not None:
+                fake.reseed(seed)
+            for n_launches in (1, 5, 2, 3):
+                with session.prepare({"items": 60, "users": 40}) as prepared:
+                    prepared.launch(mine)
+                    if fake is not None:  # new memory holds keys that nobody has
+                        rows = downloaded(gpu, prepared.rows["items"], mine)
+                        assert (rows == ITEMS.default).all()
+                    for _ in range(n_launches):
+                        keys = {
+                            "items": rng.permutation(ITEMS.keys)[:60],
+                            "users": rng.permutation(USERS.keys)[:40],
+                        }
+                        write(gpu, prepared, keys, mine)
+                        prepared.launch(mine)
+                        prepared.complete(mine)
+                    check(gpu, prepared, keys, mine)
+            for table in (ITEMS, USERS):
+                rows = session.lookup(table.name, table.keys)
+                assert np.array_equal(rows, rows_for(table, table.keys))
+
     def test_a_captured_launch_looks_up_what_the_keys_hold(
         self, tmp_path: Path, gpu: Gpu
     ) -> None:
