@@ -109,12 +109,14 @@ class TestWarmUp:
             assert sorted(cached_versions(server, "users")) == [*range(10)]
 
     def test_keys_of_a_frequency_file_that_no_tier_knows_are_left_out(
-        self, tmp_path: Path
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
+        caplog.set_level("INFO", "hps_numba.runtime.gpu.filling")
         np.save(tmp_path / "items.npy", np.arange(250, 400))
         options = ALL | {"warm_up_keys_per_table": [str(tmp_path / "items.npy")]}
         with gpu_server(tmp_path, [ITEMS], **options) as server:
             assert sorted(cached_versions(server, "items")) == [*range(250, 300)]
+        assert "50 of 150 keys are cached, 100 had no row, 0 no room" in caplog.text
 
     def test_no_row_leaves_for_one_that_was_asked_for_later(
         self, tmp_path: Path
@@ -195,9 +197,13 @@ class TestWarmUp:
             cache = table_cache(server, "items")
             keys = rng.integers(-(1 << 63), 1 << 63, cache.n_slots, np.int64)
             rows = versioned_rows(keys, 1, 4)
-            cache.insert(keys, rows, cache.epoch, make_room=make_room)
+            stored = cache.insert(keys, rows, cache.epoch, make_room=make_room)
+            n_held = cached_keys(cache).size
             assert cache.n_slots == cache.n_sets * WAYS >= 2700
-            assert 0.9 * cache.n_slots <= cached_keys(cache).size <= cache.n_slots
+            assert 0.9 * cache.n_slots <= n_held <= cache.n_slots
+            # Some may have been inserted and pushed out by others since.
+            assert stored == n_held + cache.totals().evicted
+            assert make_room == (stored == keys.size > n_held)
 
 
 class TestReload:
