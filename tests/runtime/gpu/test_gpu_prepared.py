@@ -9,12 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 
-from hps_numba.errors import ClosedError, TierUnavailableError, UnknownTableError
+from hps_numba.errors import (
+    ClosedError,
+    DeviceError,
+    TierUnavailableError,
+    UnknownTableError,
+)
 from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.runtime.hps import HPS
 from tests.oracle import versioned_rows
 from tests.runtime.deployments import Wraps
+from tests.runtime.gpu.foreign import uploaded
 from tests.runtime.gpu.gpu_servers import (
     BRANDS,
     COLOURS,
@@ -306,6 +313,25 @@ class TestCalls:
             for call in (prepared.launch, prepared.complete):
                 with pytest.raises(ClosedError, match="prepared lookup is closed"):
                     call()
+
+    def test_an_ordinary_lookup_is_no_part_of_a_graph(
+        self, tmp_path: Path, gpu: Gpu
+    ) -> None:
+        with serving(tmp_path, share=0.2) as server:
+            session = server.session("wdl")
+            keys = uploaded(gpu, ITEMS.keys[:90])
+            with streams(gpu, 1) as (mine,):
+                mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+                assert not driver.cuStreamBeginCapture(mine, mode)[0]
+                for given in (keys, ITEMS.keys[:90]):
+                    with pytest.raises(DeviceError, match="model 'wdl'"):
+                        session.lookup("items", given, stream=mine)
+                driver.cuStreamEndCapture(mine)  # it may be beyond use
+                for stream in (None, mine):
+                    rows = session.lookup("items", keys, stream=stream)
+                    got = downloaded(gpu, rows, stream or 0)
+                    assert np.array_equal(got, ITEMS.rows[:90])
+                    del rows
 
     def test_a_lookup_ends_with_its_server(self, tmp_path: Path, gpu: Gpu) -> None:
         with serving(tmp_path) as server:
