@@ -40,7 +40,8 @@ class Case:
 
 def cases() -> list[Case]:
     """Return every kernel in the shapes that differ."""
-    found = [Case(spec) for spec in (evict_kernel(), clear_kernel(), dump_kernel())]
+    small = *map(evict_kernel, (Policy.LRU, Policy.STATIC)), clear_kernel(), dump_kernel()
+    found = [Case(spec) for spec in small]
     for rows in row_layouts():
         found.append(_reading(query_kernel(rows, Policy.LRU), rows))
         if rows.out == rows.stored:
@@ -50,13 +51,21 @@ def cases() -> list[Case]:
             _reading(scatter_kernel(rows), rows),
             _reading(pooled_query_kernel(rows, Policy.LRU), rows),
             _reading(pooled_scatter_kernel(rows), rows),
-            _writing(update_kernel(rows), rows),
+            _writing(update_kernel(rows, Policy.LRU), rows),
         ]
-    for policy in (Policy.LFU, Policy.STATIC):
+    for policy in (Policy.LFU,):
         rows = RowLayout(32)
         found += [
             _reading(query_kernel(rows, policy), rows),
             _writing(insert_kernel(rows, policy), rows),
+        ]
+    found.append(_reading(query_kernel(rows, Policy.LRU, touch=False), rows))
+    for rows in (RowLayout(32), RowLayout(128, "float16", "float32"), RowLayout(3)):
+        found += [
+            _reading(query_kernel(rows, Policy.STATIC), rows),
+            _reading(pooled_query_kernel(rows, Policy.STATIC), rows),
+            _writing(insert_kernel(rows, Policy.STATIC), rows),
+            _writing(update_kernel(rows, Policy.STATIC), rows),
         ]
     return found
 

@@ -54,7 +54,7 @@ class Cache:
 
     Caches may share a block if their layouts differ in ``rows.out`` only, and their
     policies are the same: what inserts of one policy leave as scores means something
-    else to another, and those of ``STATIC`` leave none. Rows that must push nobody out,
+    else to another, and where keys of ``STATIC`` lie others do not look. Rows that must push nobody out,
     as in a warm-up, are inserted with ``make_room=False``.
     """
 
@@ -75,11 +75,12 @@ class Cache:
         """
         rows = self.layout.rows
         yield query.query_kernel(rows, self.policy)
-        yield query.query_kernel(rows, Policy.STATIC)
+        if not self.policy.two_sets:
+            yield query.query_kernel(rows, self.policy, touch=False)
         yield scatter.scatter_kernel(rows)
         yield insert.insert_kernel(rows, self.policy)
-        yield update.update_kernel(rows)
-        yield evict.evict_kernel()
+        yield update.update_kernel(rows, self.policy)
+        yield evict.evict_kernel(self.policy)
         yield evict.clear_kernel()
         yield dump.dump_kernel()
         if rows.out == "float32":
@@ -126,8 +127,7 @@ class Cache:
         if touch and rows is self.layout.rows:
             spec = self._query
         else:
-            policy = self.policy if touch else Policy.STATIC
-            spec = query.query_kernel(rows, policy)
+            spec = query.query_kernel(rows, self.policy, touch=touch)
         flags = FILL * fill | COUNT_UNIQUE * count_unique | UNCOUNTED * (not touch)
         base = self.base + TABLE_BYTES * batch.first_table
         args = (base, batch.offsets, batch.n, batch.keys, out, work.base, flags)
@@ -243,7 +243,7 @@ class Cache:
         """
         self._check_table(table)
         check_aligned(values, widest(self.layout.rows.row_bytes))
-        spec = update.update_kernel(self.layout.rows)
+        spec = update.update_kernel(self.layout.rows, self.policy)
         args = (self.base, table, keys, values, n, epoch, outcomes)
         self._launcher.launch(spec, warps(spec, n), args, stream)
 
@@ -259,7 +259,7 @@ class Cache:
     ) -> None:
         """Remove keys; rows of before ``epoch`` are refused; see :meth:`update`."""
         self._check_table(table)
-        spec = evict.evict_kernel()
+        spec = evict.evict_kernel(self.policy)
         args = (self.base, table, keys, n, epoch, outcomes)
         self._launcher.launch(spec, warps(spec, n), args, stream)
 

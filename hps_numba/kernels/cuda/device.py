@@ -131,8 +131,9 @@ def unchanged(meta, seq):
 def lock_set(meta):
     """Make a set odd, as a whole warp; return the even number before, or BUSY.
 
-    Progress: whoever holds a set holds no other and never waits, so a set comes free;
-    after a bounded number of tries the warp gives up all the same.
+    Progress: whoever holds a set never waits, or for a set of a higher number only
+    (``pairs``), so a set comes free; after a bounded number of tries the warp gives up
+    all the same.
     """
     seq = u32(BUSY)
     if cuda.laneid == 0:
@@ -187,7 +188,12 @@ def way_in_locked(meta, keys, key, digest, lane):
 @cuda.jit(device=True, forceinline=True)
 def place_of(table, hashed):
     """Return where a key may live: its set's metadata, keys, and first slot."""
-    n_set = set_of(hashed, load_const_u64(table + u64(N_SETS)))
+    return place_of_set(table, set_of(hashed, load_const_u64(table + u64(N_SETS))))
+
+
+@cuda.jit(device=True, forceinline=True)
+def place_of_set(table, n_set):
+    """Return a set's metadata, keys, and first slot."""
     meta = load_const_u64(table + u64(META)) + n_set * u64(SET_BYTES)
     slot = n_set * u64(WAYS)
     keys = load_const_u64(table + u64(KEYS)) + slot * u64(KEY_BYTES)

@@ -21,7 +21,9 @@ from hps_numba.kernels.cuda.layout import (
     TABLE_BYTES,
     WAYS,
     Outcome,
+    Policy,
 )
+from hps_numba.kernels.cuda.pairs import second_place_of
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
     add_u64,
@@ -43,8 +45,27 @@ _EVICTED, _ABSENT, _BUSY = (
 )
 
 
-@cache
-def evict_kernel() -> KernelSpec:
+@cuda.jit(device=True, forceinline=True)
+def remove(table, place, key, hashed, epoch, stamps, lane):
+    """Remove a key from one set, as a warp; return what became of it."""
+    meta, slots, _ = place
+    outcome = _BUSY
+    seq = lock_set(meta)
+    if (seq & u32(1)) == u32(0):
+        outcome = _ABSENT
+        if stamps and lane == u32(0):
+            stamp_key(table, hashed, epoch)
+        way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
+        if way < u32(WAYS):
+            outcome = _EVICTED
+            if lane == u32(0):
+                store_u8(meta + u64(DIGESTS) + u64(way), u32(0))
+            seq = u32(seq + u32(2))
+        unlock_set(meta, seq)
+    return outcome
+
+
+def evict_kernel(policy: Policy) -> KernelSpec:
     """Return the eviction of listed keys.
 
     Launch   a warp per key, 256 threads, no shared memory
@@ -53,10 +74,15 @@ def evict_kernel() -> KernelSpec:
              nothing if that address is 0: EVICTED, ABSENT, or BUSY, to be tried again
     Races    safe beside queries, inserts and dumps; updates and evictions of one table
              come one after the other
-    Cost     a key reads 64 bytes of metadata and 32 of keys; two atomic operations
+    Cost     a key reads 64 bytes of metadata and 32 of keys; two atomic operations; in
+             a static table what is not in its home set as much again
     Oracle   tests/kernels/cuda/oracle.py: OracleTable.evict
     """
+    return _evict_kernel(two_sets=policy.two_sets)
 
+
+@cache
+def _evict_kernel(*, two_sets: bool) -> KernelSpec:
     def evict(tables, n_table, keys, n, epoch, outcomes):
         lane = u32(cuda.laneid)
         thread = u64(cuda.blockIdx.x) * u64(BLOCK) + u64(cuda.threadIdx.x)
@@ -66,27 +92,19 @@ def evict_kernel() -> KernelSpec:
         table = tables + u64(n_table) * u64(TABLE_BYTES)
         key = load_const_u64(keys + i * u64(KEY_BYTES))
         hashed = hash_key(key)
-        meta, slots, _ = place_of(table, hashed)
-        outcome = _BUSY
-        seq = lock_set(meta)
-        if (seq & u32(1)) == u32(0):
-            outcome = _ABSENT
-            if lane == u32(0):
-                stamp_key(table, hashed, epoch)
-            way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
-            if way < u32(WAYS):
-                outcome = _EVICTED
-                if lane == u32(0):
-                    store_u8(meta + u64(DIGESTS) + u64(way), u32(0))
-                seq = u32(seq + u32(2))
-            unlock_set(meta, seq)
+        place = place_of(table, hashed)
+        outcome = remove(table, place, key, hashed, epoch, True, lane)
+        if two_sets and outcome == _ABSENT:
+            place = second_place_of(table, hashed)
+            outcome = remove(table, place, key, hashed, epoch, False, lane)
         if lane == u32(0):
             if outcome == _EVICTED:
                 add_u64(table + u64(SIZE), u64(-1))
             if outcomes != u64(0):
                 store_u8(outcomes + i, outcome)
 
-    return KernelSpec("evict", evict, "UuUUUU", block=BLOCK)
+    name = "evict_static" if two_sets else "evict"
+    return KernelSpec(name, evict, "UuUUUU", block=BLOCK)
 
 
 @cache

@@ -21,6 +21,16 @@ def set_of(hashed, n_sets):
 
 
 @cuda.jit(device=True, forceinline=True)
+def second_set_of(hashed, n_sets):
+    """Return the other set of a key of a static table: its home set in none but one."""
+    step = multiply_high(np.uint64(hashed << np.uint64(24)), n_sets - np.uint64(1))
+    n_set = set_of(hashed, n_sets) + step + np.uint64(1)
+    if n_set >= n_sets:
+        n_set -= n_sets
+    return n_set
+
+
+@cuda.jit(device=True, forceinline=True)
 def digest_of(hashed):
     """Return 1 to 255; 0 marks an empty way."""
     low = np.uint32(hashed & np.uint64(0xFF))

@@ -11,9 +11,7 @@ from numba import cuda
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.device import (
     first_bit,
-    lock_set,
     place_of,
-    unlock_set,
     way_in_locked,
 )
 from hps_numba.kernels.cuda.hashing import (
@@ -43,6 +41,7 @@ from hps_numba.kernels.cuda.layout import (
     Policy,
     RowLayout,
 )
+from hps_numba.kernels.cuda.pairs import choose_of_two, lockers, second_place
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
     add_u64,
@@ -72,8 +71,8 @@ _BUSY, _SKIPPED = u32(Outcome.BUSY), u32(Outcome.SKIPPED)
 def is_stale(table, hashed, epoch):
     """Return whether a key was updated after ``epoch``, or its table cleared.
 
-    The set is held: an update of the key comes either before, and its stamp is seen, or
-    after, and replaces the row. The floor, and a stamp that keys of other sets share,
+    The set is held, of a static table both: an update of the key comes either before,
+    and its stamp is seen, or after, and replaces the row. The floor, and a stamp that keys of other sets share,
     may change between two lanes' loads, so the warp votes.
     """
     stamp = stamp_of(hashed, load_const_u64(table + u64(STAMP_MASK)))
@@ -99,20 +98,24 @@ def seen_before(table, hashed, lane):
 
 @cache
 def way_chooser(policy: Policy) -> Any:
-    """Return a device function: where a key goes in a set that this warp holds."""
+    """Return a device function: where a key goes in the sets that this warp holds."""
+    if policy.two_sets:
+        return choose_of_two
     choose_victim = victim_chooser(policy)
-    nobody_yields = policy == Policy.STATIC
 
     @cuda.jit(device=True, forceinline=True)
-    def choose(table, meta, slots, key, hashed, seq, flags, lane):
-        """Return (way, outcome); way is 28 where the key does not go in."""
+    def choose(table, meta, slots, rest, rest_slots, key, hashed, seq, flags, lane):
+        """Return (way, outcome, whether it is a way of the second set).
+
+        The way is 28 where the key does not go in.
+        """
         way, mine = way_in_locked(meta, slots, key, digest_of(hashed), lane)
         outcome = _REPLACED
         if way == u32(WAYS):
             empty = u32(cuda.ballot_sync(FULL_WARP, mine == u32(0)))
             if empty != u32(0):
                 way, outcome = first_bit(empty), _INSERTED
-            elif nobody_yields or (flags & u32(FREE_ONLY)) != u32(0):
+            elif (flags & u32(FREE_ONLY)) != u32(0):
                 outcome = _FULL
             elif (flags & u32(ADMIT)) != u32(0) and not seen_before(
                 table, hashed, lane
@@ -120,7 +123,7 @@ def way_chooser(policy: Policy) -> Any:
                 outcome = _TURNED_AWAY
             else:
                 way, outcome = choose_victim(table, meta, seq, lane), _EVICTED
-        return way, outcome
+        return way, outcome, False
 
     return choose
 
@@ -136,7 +139,8 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     Races    safe beside all other kernels: a set is held while it changes. Keys are
              unique; of a key that is there twice, one row stays
     Cost     a key reads 64 bytes of metadata and writes 32, reads and writes its row;
-             two atomic operations on its set
+             two atomic operations on its set; in a static table as many on a second
+             set, and another 64 bytes of metadata
     Oracle   tests/kernels/cuda/oracle.py: OracleTable.insert
 
     ``epoch`` is the table's update epoch from before the rows were fetched: a key that
@@ -149,6 +153,8 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
 @cache
 def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     choose = way_chooser(policy)
+    other_place = second_place(policy)
+    lock, unlock = lockers(policy)
     score_of = scorer(policy)
     write = write_row(rows)
     stride, row_bytes = rows.stride_bytes, rows.row_bytes
@@ -167,14 +173,19 @@ def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
             key = load_const_u64(keys + i * u64(KEY_BYTES))
             hashed = hash_key(key)
             meta, slots, slot = place_of(table, hashed)
+            rest, rest_slots, rest_slot = other_place(table, hashed)
             outcome = _BUSY
-            seq = lock_set(meta)
+            seq, rest_seq = lock(meta, rest)
             if (seq & u32(1)) == u32(0):
-                way, outcome = u32(WAYS), _STALE
+                way, outcome, moved = u32(WAYS), _STALE, False
                 if not is_stale(table, hashed, epoch):
-                    way, outcome = choose(
-                        table, meta, slots, key, hashed, seq, flags, lane
-                    )
+                    way, outcome, moved = choose(
+                        table, meta, slots, rest, rest_slots, key, hashed, seq, flags,
+                        lane,
+                    )  # fmt: skip
+                if moved:
+                    meta, rest, slots, slot = rest, meta, rest_slots, rest_slot
+                    seq, rest_seq = rest_seq, seq
                 if way < u32(WAYS):
                     target = load_const_u64(table + u64(ROWS))
                     target += (slot + u64(way)) * u64(stride)
@@ -188,7 +199,7 @@ def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                         if outcome != _REPLACED:
                             score_of(table, meta + u64(SCORES) + u64(way))
                     seq = u32(seq + u32(2))
-                unlock_set(meta, seq)
+                unlock(meta, seq, rest, rest_seq)
         if lane == u32(0):
             count_outcome(table, outcome)
             if outcomes != u64(0):

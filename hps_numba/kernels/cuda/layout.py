@@ -69,6 +69,11 @@ class Policy(str, Enum):
     LFU = "lfu"
     STATIC = "static"
 
+    @property
+    def two_sets(self) -> bool:
+        """Whether a key may live in a second set beside its home set."""
+        return self is Policy.STATIC
+
 
 class Outcome(IntEnum):
     """What became of one key of an insert, an update or an eviction."""

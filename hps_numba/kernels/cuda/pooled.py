@@ -19,13 +19,11 @@ from hps_numba.kernels.cuda.device import (
     begin_reads,
     blocks_for,
     end_reads,
-    place_of,
-    probe,
     segment,
     start_of,
     unchanged,
 )
-from hps_numba.kernels.cuda.hashing import digest_of, hash_key
+from hps_numba.kernels.cuda.hashing import hash_key
 from hps_numba.kernels.cuda.layout import (
     COUNTER_BYTES,
     FIRSTS,
@@ -44,6 +42,7 @@ from hps_numba.kernels.cuda.layout import (
     RowLayout,
 )
 from hps_numba.kernels.cuda.misses import counters_of, end_launch, name_keys
+from hps_numba.kernels.cuda.pairs import finder
 from hps_numba.kernels.cuda.pooling import inverse, sum_rows, weight_at
 from hps_numba.kernels.cuda.ptx import (
     FULL_WARP,
@@ -88,14 +87,13 @@ def first_occurrence(work, position):
 def chunk_pooler(rows: RowLayout, policy: Policy) -> Any:
     """Return a device function that adds 32 keys of a bag to its row."""
     accumulate = sum_rows(rows, rows.stride_bytes)
+    find = finder(policy)
     touch = toucher(policy)
 
     @cuda.jit(device=True, forceinline=True)
     def look(table, key, number):
         """Return (slot, metadata, seq, way); slot is ``number`` for a miss."""
-        hashed = hash_key(key)
-        meta, slots, slot = place_of(table, hashed)
-        way, seq = probe(meta, slots, key, digest_of(hashed))
+        meta, slot, way, seq = find(table, key, hash_key(key))
         if way < u32(WAYS):
             number = u32(slot + u64(way))
         return number, meta, seq, way

@@ -13,12 +13,10 @@ from hps_numba.kernels.cuda.device import (
     begin_reads,
     blocks_for,
     end_reads,
-    place_of,
-    probe,
     segment,
     unchanged,
 )
-from hps_numba.kernels.cuda.hashing import digest_of, hash_key
+from hps_numba.kernels.cuda.hashing import hash_key
 from hps_numba.kernels.cuda.layout import (
     KEY_BYTES,
     N_SETS,
@@ -30,6 +28,7 @@ from hps_numba.kernels.cuda.layout import (
     RowLayout,
 )
 from hps_numba.kernels.cuda.misses import end_launch, record_misses
+from hps_numba.kernels.cuda.pairs import finder
 from hps_numba.kernels.cuda.ptx import FULL_WARP, load_const_u64, load_u64
 from hps_numba.kernels.cuda.rows import gather_rows
 from hps_numba.kernels.cuda.scores import toucher
@@ -42,9 +41,8 @@ BLOCK = 128
 MAX_REGISTERS = 72  # fewer spill on compute capability 7.5 and 8.0
 
 
-@cache
-def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
-    """Return the query of a cache with such rows.
+def query_kernel(rows: RowLayout, policy: Policy, *, touch: bool = True) -> KernelSpec:
+    """Return the query of a cache with such rows; without ``touch`` it scores nothing.
 
     Launch   grid (blocks of the longest table's keys, n_tables), 128 threads, no shared
              memory; a thread looks for one key, a warp copies the rows of its 32
@@ -57,11 +55,23 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     Races    safe beside all other kernels; takes no lock. A key whose set is written to
              twice meanwhile counts as a miss. Nothing else uses the workspace
     Cost     a hit reads its key, 64 bytes of metadata, 32 bytes of keys and its row
-             once, in units of up to 16 bytes, four in flight a lane
+             once, in units of up to 16 bytes, four in flight a lane; in a static table
+             what is not in its home set reads the metadata of a second
     Oracle   tests/kernels/cuda/oracle.py: OracleCache.query
     """
+    if policy.two_sets or touch:
+        return _query_kernel(rows, policy, policy, policy.value)
+    # Where nothing is scored, policies whose keys have one set do not differ.
+    return _query_kernel(rows, Policy.LRU, Policy.STATIC, "untouched")
+
+
+@cache
+def _query_kernel(
+    rows: RowLayout, policy: Policy, scores: Policy, name: str
+) -> KernelSpec:
+    find = finder(policy)
     gather = gather_rows(rows, rows.stride_bytes, contiguous=True)
-    touch = toucher(policy)
+    touch = toucher(scores)
     out_bytes = rows.out_bytes
 
     def query(tables, offsets, n, keys, out, work, flags):
@@ -88,8 +98,7 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
             if pending and attempt < ATTEMPTS:
                 key = load_u64(keys + position * u64(KEY_BYTES))
                 hashed = hash_key(key)
-                meta, slots, slot = place_of(table, hashed)
-                way, seq = probe(meta, slots, key, digest_of(hashed))
+                meta, slot, way, seq = find(table, key, hashed)
                 if way < u32(WAYS):
                     number = u32(slot + u64(way))
             found = way < u32(WAYS)
@@ -110,5 +119,5 @@ def query_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
         record_misses(work, n_table, keys, start, end, position, missed, claiming)
         end_launch(work, n_table, table, end - start, n_blocks, flags)
 
-    name = f"query_{rows.name}_{policy.value}"
+    name = f"query_{rows.name}_{name}"
     return KernelSpec(name, query, "UUUUUUu", block=BLOCK, max_registers=MAX_REGISTERS)

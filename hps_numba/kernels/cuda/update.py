@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import cuda
@@ -19,8 +20,10 @@ from hps_numba.kernels.cuda.layout import (
     UPDATED,
     WAYS,
     Outcome,
+    Policy,
     RowLayout,
 )
+from hps_numba.kernels.cuda.pairs import second_place_of
 from hps_numba.kernels.cuda.ptx import add_u64, load_const_u64, store_u8, store_u64
 from hps_numba.kernels.cuda.rows import write_row
 
@@ -46,7 +49,36 @@ def stamp_key(table, hashed, epoch):
     store_u64(load_const_u64(table + u64(STAMPS)) + stamp * u64(8), epoch)
 
 
-def update_kernel(rows: RowLayout) -> KernelSpec:
+@cache
+def replacer(rows: RowLayout) -> Any:
+    """Return a device function that replaces a key's row in one set, as a warp."""
+    write = write_row(rows)
+    stride = rows.stride_bytes
+
+    @cuda.jit(device=True, forceinline=True)
+    def replace(table, place, key, hashed, epoch, stamps, source, lane):
+        """Return what became of the key; ``stamps`` says whether to stamp it."""
+        meta, slots, slot = place
+        outcome = _BUSY
+        seq = lock_set(meta)
+        if (seq & u32(1)) == u32(0):
+            outcome = _ABSENT
+            if stamps and lane == u32(0):
+                stamp_key(table, hashed, epoch)
+            way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
+            if way < u32(WAYS):
+                outcome = _REPLACED
+                target = load_const_u64(table + u64(ROWS))
+                target += (slot + u64(way)) * u64(stride)
+                write(source, target, lane)
+                seq = u32(seq + u32(2))
+            unlock_set(meta, seq)
+        return outcome
+
+    return replace
+
+
+def update_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     """Return the update of a cache with such rows.
 
     Launch   a warp per key, 256 threads, no shared memory
@@ -55,17 +87,19 @@ def update_kernel(rows: RowLayout) -> KernelSpec:
              nothing if that address is 0: REPLACED, ABSENT, or BUSY, to be tried again
     Races    safe beside queries, inserts and dumps; updates and evictions of one table
              come one after the other
-    Cost     as an insert; scores are left alone
+    Cost     as an insert; scores are left alone. In a static table what is not in its
+             home set reads another 64 bytes of metadata, with two atomic operations
     Oracle   tests/kernels/cuda/oracle.py: OracleTable.update
     """
     # How rows are given out is all the same here; no two kernels have one name.
-    return _update_kernel(RowLayout(rows.dim, rows.stored, rows.stored))
+    stored = RowLayout(rows.dim, rows.stored, rows.stored)
+    return _update_kernel(stored, two_sets=policy.two_sets)
 
 
 @cache
-def _update_kernel(rows: RowLayout) -> KernelSpec:
-    write = write_row(rows)
-    stride, row_bytes = rows.stride_bytes, rows.row_bytes
+def _update_kernel(rows: RowLayout, *, two_sets: bool) -> KernelSpec:
+    replace = replacer(rows)
+    row_bytes = rows.row_bytes
 
     def update(tables, n_table, keys, values, n, epoch, outcomes):
         lane = u32(cuda.laneid)
@@ -76,26 +110,17 @@ def _update_kernel(rows: RowLayout) -> KernelSpec:
         table = tables + u64(n_table) * u64(TABLE_BYTES)
         key = load_const_u64(keys + i * u64(KEY_BYTES))
         hashed = hash_key(key)
-        meta, slots, slot = place_of(table, hashed)
-        outcome = _BUSY
-        seq = lock_set(meta)
-        if (seq & u32(1)) == u32(0):
-            outcome = _ABSENT
-            if lane == u32(0):
-                stamp_key(table, hashed, epoch)
-            way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
-            if way < u32(WAYS):
-                outcome = _REPLACED
-                target = load_const_u64(table + u64(ROWS))
-                target += (slot + u64(way)) * u64(stride)
-                write(values + i * u64(row_bytes), target, lane)
-                seq = u32(seq + u32(2))
-            unlock_set(meta, seq)
+        source = values + i * u64(row_bytes)
+        place = place_of(table, hashed)
+        outcome = replace(table, place, key, hashed, epoch, True, source, lane)
+        if two_sets and outcome == _ABSENT:
+            place = second_place_of(table, hashed)
+            outcome = replace(table, place, key, hashed, epoch, False, source, lane)
         if lane == u32(0):
             if outcome == _REPLACED:
                 add_u64(table + u64(UPDATED), u64(1))
             if outcomes != u64(0):
                 store_u8(outcomes + i, outcome)
 
-    name = f"update_{rows.stored}_{rows.dim}"
+    name = f"update_{rows.stored}_{rows.dim}" + ("_static" if two_sets else "")
     return KernelSpec(name, update, "UuUUUUU", block=BLOCK)

@@ -32,6 +32,7 @@ from tests.kernels.cuda.comparisons import CANARY, check_misses, check_rows, sam
 from tests.kernels.cuda.harness import TOTALS, Answer, CpuCache, CpuLauncher, dumped
 from tests.kernels.cuda.oracle import Array, Looked, OracleCache, Set
 from tests.kernels.cuda.orders import Inserts, explain
+from tests.kernels.cuda.static_orders import explain_static
 from tests.support import cpuexec
 
 UNTOUCHED_KEY = int.from_bytes(bytes([CANARY]) * 8, "little", signed=True)
@@ -309,7 +310,7 @@ class CheckedCache:
         assert (evicted[~gone] == UNTOUCHED_KEY).all()
         one = self.oracle.tables[table]
         wanted = np.flatnonzero(chosen)
-        sets = {one.set_of(key) for key in keys[wanted].tolist()}
+        sets = {n_set for key in keys[wanted].tolist() for n_set in one.sets_of(key)}
         start = self.cpu.layout.offset("door", table)
         inserts = Inserts(
             keys.tolist(),
@@ -322,7 +323,8 @@ class CheckedCache:
             {n_set: self.seen(table, n_set) for n_set in sets},
             self.cpu.block[start : start + len(one.door)].tolist(),
         )
-        assert explain(one, inserts), "no order of the keys leads there"
+        find_order = explain_static if one.policy == Policy.STATIC else explain
+        assert find_order(one, inserts), "no order of the keys leads there"
         self.check({table: sets})
         return [Outcome(outcome) for outcome in outcomes]
 
@@ -351,7 +353,8 @@ class CheckedCache:
     ) -> list[Outcome]:
         assert outcomes.tolist() == expected
         table = self.oracle.tables[n_table]
-        self.check({n_table: {table.set_of(key) for key in keys.tolist()}})
+        changed = {n_set for key in keys.tolist() for n_set in table.sets_of(key)}
+        self.check({n_table: changed})
         return expected
 
     def clear(self, *, table: int = 0, epoch: int = 1) -> None:

@@ -27,6 +27,15 @@ def set_of(key: int, n_sets: int) -> int:
     return hash_of(key) * n_sets // 2**64
 
 
+def second_set_of(key: int, n_sets: int) -> int:
+    """Return the other set of a static table's key, by the hash's lowest 40 bits.
+
+    All sets but the home set are as likely; of one set it is that one.
+    """
+    step = (hash_of(key) % 2**40) * (n_sets - 1) // 2**40
+    return (set_of(key, n_sets) + 1 + step) % n_sets
+
+
 def _one_to_255(bits: int) -> int:
     return 1 + bits % 256 * 255 // 256
 

@@ -27,12 +27,14 @@ from tests.kernels.cuda.hashes import (
     digest_of,
     door_mark_of,
     door_of,
+    second_set_of,
     set_of,
     stamp_of,
 )
 
 Array = npt.NDArray[Any]
 
+HOME_ROOM = 8  # empty ways with which a home set is taken, however empty the other is
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _WORD = 2**64 - 1
 
@@ -107,11 +109,31 @@ class OracleTable:
     def set_of(self, key: int) -> int:
         return set_of(key, self.layout.n_sets)
 
+    def sets_of(self, key: int) -> list[int]:
+        """Return the sets where a key may live, its home set first."""
+        home = self.set_of(key)
+        if self.policy != Policy.STATIC or self.layout.n_sets == 1:
+            return [home]
+        return [home, second_set_of(key, self.layout.n_sets)]
+
     def find(self, key: int) -> tuple[int, int] | None:
         """Return the set and the way of a key that is there."""
-        n_set = self.set_of(key)
-        way = self.sets[n_set].way_of(key)
-        return None if way is None else (n_set, way)
+        for n_set in self.sets_of(key):
+            way = self.sets[n_set].way_of(key)
+            if way is not None:
+                return n_set, way
+        return None
+
+    def place_for(self, key: int) -> tuple[int, int | None]:
+        """Return the set that a key is in or goes to, and its way or None."""
+        place = self.find(key)
+        if place is not None:
+            return place
+        homes = self.sets_of(key)
+        room = [self.sets[n_set].digests.count(0) for n_set in homes]
+        if room[0] >= HOME_ROOM:
+            return homes[0], None
+        return homes[room.index(max(room))], None
 
     def contents(self) -> dict[int, bytes]:
         return {
@@ -178,10 +200,10 @@ class OracleTable:
         make_room: bool = True,
     ) -> tuple[Outcome, int | None]:
         """Return what became of a key, and which key made room for it."""
-        one = self.sets[self.set_of(key)]
         if self.is_stale(key, epoch):
             return Outcome.STALE, None
-        way, outcome, gone = one.way_of(key), Outcome.REPLACED, None
+        n_set, way = self.place_for(key)
+        one, outcome, gone = self.sets[n_set], Outcome.REPLACED, None
         if way is None:
             if 0 in one.digests:
                 way, outcome = one.digests.index(0), Outcome.INSERTED

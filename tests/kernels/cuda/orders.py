@@ -2,6 +2,7 @@
 
 Warps that meet in one set come in any order. A launch is right if one order of a set's
 keys leads the oracle to what was seen: outcomes, evicted keys, and the set afterwards.
+For keys of static tables, which have two sets, see ``static_orders``.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def fill(cache: CheckedCache, keys: Array, rows: Array, *, table: int = 0) -> No
     one = cache.oracle.tables[table]
     for key, row in zip(keys.tolist(), rows, strict=True):
         one.count(one.insert(key, row.tobytes(), epoch=LATEST)[0])
-    cache.restore(table, {one.set_of(key) for key in keys.tolist()})
+    cache.restore(table, {n_set for key in keys.tolist() for n_set in one.sets_of(key)})
 
 
 def keys_in_set(

@@ -25,7 +25,8 @@ ROWS = (RowLayout(12), RowLayout(3, "float16"))
 READERS = [query_kernel(ROWS[0], Policy.LRU), query_kernel(ROWS[1], Policy.LFU)]
 READERS += [pooled_query_kernel(ROWS[0], Policy.LRU)]
 WRITERS = [insert_kernel(ROWS[0], Policy.LRU), insert_kernel(ROWS[1], Policy.LFU)]
-WRITERS += [*map(update_kernel, ROWS), evict_kernel(), clear_kernel()]
+WRITERS += [*(update_kernel(rows, Policy.LRU) for rows in ROWS)]
+WRITERS += [evict_kernel(Policy.LRU), clear_kernel()]
 
 # What may race says how it is ordered; the rest is constant, or the output. At
 # the scope of a block is the clock of scores, of which an old value will do.
