@@ -40,7 +40,11 @@ class Case:
 
 def cases() -> list[Case]:
     """Return every kernel in the shapes that differ."""
-    small = *map(evict_kernel, (Policy.LRU, Policy.STATIC)), clear_kernel(), dump_kernel()
+    small = (
+        *map(evict_kernel, (Policy.LRU, Policy.STATIC)),
+        clear_kernel(),
+        dump_kernel(),
+    )
     found = [Case(spec) for spec in small]
     for rows in row_layouts():
         found.append(_reading(query_kernel(rows, Policy.LRU), rows))
@@ -53,13 +57,12 @@ def cases() -> list[Case]:
             _reading(pooled_scatter_kernel(rows), rows),
             _writing(update_kernel(rows, Policy.LRU), rows),
         ]
-    for policy in (Policy.LFU,):
-        rows = RowLayout(32)
-        found += [
-            _reading(query_kernel(rows, policy), rows),
-            _writing(insert_kernel(rows, policy), rows),
-        ]
-    found.append(_reading(query_kernel(rows, Policy.LRU, touch=False), rows))
+    rows = RowLayout(32)
+    found += [
+        _reading(query_kernel(rows, Policy.LFU), rows),
+        _writing(insert_kernel(rows, Policy.LFU), rows),
+        _reading(query_kernel(rows, Policy.LRU, touch=False), rows),
+    ]
     for rows in (RowLayout(32), RowLayout(128, "float16", "float32"), RowLayout(3)):
         found += [
             _reading(query_kernel(rows, Policy.STATIC), rows),

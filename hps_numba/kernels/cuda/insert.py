@@ -12,6 +12,7 @@ from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.device import (
     first_bit,
     place_of,
+    unlock_set,
     way_in_locked,
 )
 from hps_numba.kernels.cuda.hashing import (
@@ -60,6 +61,7 @@ u32, u64 = np.uint32, np.uint64
 # Flags: a full set takes a key at its second sight only, or takes none.
 ADMIT, FREE_ONLY = 1, 2
 BLOCK = 256
+MAX_REGISTERS = 64  # of two sets at once; fewer spill on compute capability 7.5 and 8.0
 
 _REPLACED, _INSERTED = u32(Outcome.REPLACED), u32(Outcome.INSERTED)
 _EVICTED, _STALE = u32(Outcome.EVICTED), u32(Outcome.STALE)
@@ -104,7 +106,7 @@ def way_chooser(policy: Policy) -> Any:
     choose_victim = victim_chooser(policy)
 
     @cuda.jit(device=True, forceinline=True)
-    def choose(table, meta, slots, rest, rest_slots, key, hashed, seq, flags, lane):
+    def choose(table, meta, slots, rest, key, hashed, seq, flags, lane):
         """Return (way, outcome, whether it is a way of the second set).
 
         The way is 28 where the key does not go in.
@@ -154,7 +156,7 @@ def insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
 def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
     choose = way_chooser(policy)
     other_place = second_place(policy)
-    lock, unlock = lockers(policy)
+    lock, keep = lockers(policy)
     score_of = scorer(policy)
     write = write_row(rows)
     stride, row_bytes = rows.stride_bytes, rows.row_bytes
@@ -173,19 +175,18 @@ def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
             key = load_const_u64(keys + i * u64(KEY_BYTES))
             hashed = hash_key(key)
             meta, slots, slot = place_of(table, hashed)
-            rest, rest_slots, rest_slot = other_place(table, hashed)
+            rest = other_place(table, hashed)
             outcome = _BUSY
             seq, rest_seq = lock(meta, rest)
             if (seq & u32(1)) == u32(0):
                 way, outcome, moved = u32(WAYS), _STALE, False
                 if not is_stale(table, hashed, epoch):
                     way, outcome, moved = choose(
-                        table, meta, slots, rest, rest_slots, key, hashed, seq, flags,
-                        lane,
-                    )  # fmt: skip
-                if moved:
-                    meta, rest, slots, slot = rest, meta, rest_slots, rest_slot
-                    seq, rest_seq = rest_seq, seq
+                        table, meta, slots, rest, key, hashed, seq, flags, lane
+                    )
+                meta, slots, slot, seq = keep(
+                    meta, slots, slot, seq, rest, rest_seq, moved
+                )
                 if way < u32(WAYS):
                     target = load_const_u64(table + u64(ROWS))
                     target += (slot + u64(way)) * u64(stride)
@@ -199,14 +200,15 @@ def _insert_kernel(rows: RowLayout, policy: Policy) -> KernelSpec:
                         if outcome != _REPLACED:
                             score_of(table, meta + u64(SCORES) + u64(way))
                     seq = u32(seq + u32(2))
-                unlock(meta, seq, rest, rest_seq)
+                unlock_set(meta, seq)
         if lane == u32(0):
             count_outcome(table, outcome)
             if outcomes != u64(0):
                 store_u8(outcomes + i, outcome)
 
     name = f"insert_{rows.stored}_{rows.dim}_{policy.value}"
-    return KernelSpec(name, insert, "UuUUUUUUUu", block=BLOCK)
+    most = MAX_REGISTERS if policy.two_sets else None
+    return KernelSpec(name, insert, "UuUUUUUUUu", block=BLOCK, max_registers=most)
 
 
 @cuda.jit(device=True, forceinline=True)

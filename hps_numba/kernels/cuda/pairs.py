@@ -5,10 +5,11 @@ two sets gives it one with little room to spare. A key never moves from one set 
 other. Where it is known that a table has one set only, the functions here do what is
 done with the home set alone.
 
-An insert holds both sets of its key, an update or an eviction one after the other, the
-home set first. So an update comes before an insert, which then sees its stamp, or finds
-in one of the two sets what the insert wrote. Of two inserts of one key the later finds
-the key.
+An insert holds both sets of its key while it looks for the key and at its stamp, and
+goes on to hold the set where the key goes. An update or an eviction holds one after the
+other, the home set first, where it leaves its stamp. So it comes before an insert, which
+then sees the stamp, or finds in one of the two sets what the insert wrote. Of two inserts
+of one key the later finds the key.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def finder(policy: Policy) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def lock_pair(meta, rest):
-    """Hold two sets, as a whole warp; ``rest`` may be the same set.
+    """Hold two sets, as a whole warp; ``rest`` is the place of the other or the same.
 
     Whoever holds one set and waits for another waits for one of a higher number, so
     that no warps wait for each other in a circle.
@@ -103,7 +104,7 @@ def lock_pair(meta, rest):
     seq, rest_seq
         The even numbers before, or BUSY twice: then neither is held.
     """
-    low, high = min(meta, rest), max(meta, rest)
+    low, high = min(meta, rest[0]), max(meta, rest[0])
     first = lock_set(low)
     last = first
     if high != low and (first & u32(1)) == u32(0):
@@ -117,30 +118,35 @@ def lock_pair(meta, rest):
 
 
 @cuda.jit(device=True, forceinline=True)
-def unlock_pair(meta, seq, rest, rest_seq):
-    """Publish what ``lock_pair`` held under even numbers."""
-    unlock_set(meta, seq)
-    if rest != meta:
-        unlock_set(rest, rest_seq)
+def keep_of_pair(meta, slots, slot, seq, rest, rest_seq, moved):
+    """Let the set go where the key does not go; return the other's place and number."""
+    if meta != rest[0]:
+        if moved:
+            unlock_set(meta, seq)
+            meta, slots, slot = rest
+            seq = rest_seq
+        else:
+            unlock_set(rest[0], rest_seq)
+    return meta, slots, slot, seq
 
 
 @cache
 def lockers(policy: Policy) -> tuple[Any, Any]:
-    """Return device functions that hold a key's sets, and that let them go."""
+    """Return device functions: hold a key's sets; keep the one where the key goes."""
 
     @cuda.jit(device=True, forceinline=True)
     def lock_one(meta, rest):
         return lock_set(meta), u32(0)
 
     @cuda.jit(device=True, forceinline=True)
-    def unlock_one(meta, seq, rest, rest_seq):
-        unlock_set(meta, seq)
+    def keep_one(meta, slots, slot, seq, rest, rest_seq, moved):
+        return meta, slots, slot, seq
 
-    return (lock_pair, unlock_pair) if policy.two_sets else (lock_one, unlock_one)
+    return (lock_pair, keep_of_pair) if policy.two_sets else (lock_one, keep_one)
 
 
 @cuda.jit(device=True, forceinline=True)
-def choose_of_two(table, meta, slots, rest, rest_slots, key, hashed, seq, flags, lane):
+def choose_of_two(table, meta, slots, rest, key, hashed, seq, flags, lane):
     """Return (way, outcome, whether it is a way of the second set), as ``choose``.
 
     Both sets are held. ``way`` is 28 where the key is in neither and both are full.
@@ -149,7 +155,7 @@ def choose_of_two(table, meta, slots, rest, rest_slots, key, hashed, seq, flags,
     way, mine = way_in_locked(meta, slots, key, digest, lane)
     outcome, moved = _REPLACED, False
     if way == u32(WAYS):
-        way, others = way_in_locked(rest, rest_slots, key, digest, lane)
+        way, others = way_in_locked(rest[0], rest[1], key, digest, lane)
         moved = way < u32(WAYS)
         if not moved:
             empty = u32(cuda.ballot_sync(FULL_WARP, mine == u32(0)))

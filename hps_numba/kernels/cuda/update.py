@@ -30,6 +30,7 @@ from hps_numba.kernels.cuda.rows import write_row
 u32, u64 = np.uint32, np.uint64
 
 BLOCK = 256
+MAX_REGISTERS = 48  # of the two looks of a static table; they fit without spills
 
 _REPLACED, _ABSENT, _BUSY = (
     u32(Outcome.REPLACED),
@@ -123,4 +124,5 @@ def _update_kernel(rows: RowLayout, *, two_sets: bool) -> KernelSpec:
                 store_u8(outcomes + i, outcome)
 
     name = f"update_{rows.stored}_{rows.dim}" + ("_static" if two_sets else "")
-    return KernelSpec(name, update, "UuUUUUU", block=BLOCK)
+    most = MAX_REGISTERS if two_sets else None
+    return KernelSpec(name, update, "UuUUUUU", block=BLOCK, max_registers=most)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.kernels.cuda.layout import NO_POSITION, RowLayout, TableLayout
+from hps_numba.kernels.cuda.layout import NO_POSITION, Policy, RowLayout, TableLayout
 from tests.kernels.cuda.harness import Answer, Array, CpuCache
 from tests.kernels.cuda.races import numbered_keys
 
@@ -79,12 +79,21 @@ def check_sums(
     assert (versions <= newest[numbers]).all(), "another key's row"
 
 
-def pooled_race(seed: int, *, dim: int, writer: str, **schedule: Any) -> int:
+def pooled_race(
+    seed: int,
+    *,
+    dim: int,
+    writer: str,
+    policy: Policy = Policy.LRU,
+    **schedule: Any,
+) -> int:
     """Race pooled queries with a writer; return how many keys missed."""
     rng = np.random.default_rng(seed)
     n_keys = 100
     keys = numbered_keys(n_keys, seed)
-    cache = CpuCache(RowLayout(dim), [TableLayout(6, n_stamps=64, tick_shift=5)])
+    n_sets = 4 if policy == Policy.STATIC else 6  # nearly full, so that all are used
+    table = TableLayout(n_sets, n_stamps=64, tick_shift=5)
+    cache = CpuCache(RowLayout(dim), [table], policy)
     versions = np.zeros(n_keys, np.int64)
 
     def rows(numbers: Array) -> Array:

@@ -27,6 +27,9 @@ WEAK_SCHEDULES = [
 ]
 MEMORIES = {"strong memory": SCHEDULES, "weak memory": WEAK_SCHEDULES}
 _WRITES = {Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED, Outcome.STALE}
+# Keys of a static table to a set: few enough for all of them to have a place, and so
+# many that some have it in their second set.
+A_SET = 25
 
 
 def settle(outcomes: Array, allowed: set[Outcome]) -> None:
@@ -63,10 +66,13 @@ def mixed_race(arena: Arena, seed: int, **schedule: Any) -> Reads:
         if seed % 7 == 0:
             arena.clear(stream="update")
         snapshot = arena.cache.dump(stream="dump")
+    static = arena.policy == Policy.STATIC
     for one in outcomes:
-        settle(one, _WRITES)
+        settle(one, _WRITES | {Outcome.FULL} if static else _WRITES)
     keys, n_busy = dumped(snapshot)
-    assert len(set(keys.tolist())) == len(keys) <= WAYS * len(arena.cache.seqs())
+    assert len(keys) <= WAYS * len(arena.cache.seqs())
+    # A key that goes and comes again meanwhile may have been in one set, then in another.
+    assert max(Counter(keys.tolist()).values(), default=1) <= (2 if static else 1)
     assert set(keys.tolist()) <= set(arena.keys.tolist())
     assert n_busy == 0
     total = arena.check_readers()
@@ -74,10 +80,12 @@ def mixed_race(arena: Arena, seed: int, **schedule: Any) -> Reads:
     return total
 
 
-def mixed_races(seed: int, turns: int, **schedule: Any) -> Reads:
+def mixed_races(
+    seed: int, turns: int, *, policy: Policy = Policy.LRU, **schedule: Any
+) -> Reads:
     """Race for some turns in one small table, filled again before each of them."""
-    n_sets = 1 + seed % 3
-    arena = Arena(seed, n_sets=n_sets, n_keys=32 * n_sets, dim=(12, 5)[seed % 2])
+    n_sets, dim = 1 + seed % 3, (12, 5)[seed % 2]
+    arena = Arena(seed, n_sets=n_sets, n_keys=32 * n_sets, dim=dim, policy=policy)
     total = Reads()
     for turn in range(turns):
         arena.insert(arena.some(200), epoch=arena.epoch)
@@ -85,10 +93,11 @@ def mixed_races(seed: int, turns: int, **schedule: Any) -> Reads:
     return total
 
 
-def update_race(seed: int, **schedule: Any) -> Reads:
+def update_race(seed: int, *, policy: Policy = Policy.LRU, **schedule: Any) -> Reads:
     """Race updates with readers of keys that never leave: a miss is handed on."""
-    n_keys = 14 + 10 * (seed % 3)
-    arena = Arena(seed, n_sets=1 + seed % 3, n_keys=n_keys, dim=(12, 40)[seed % 2])
+    n_sets, dim = 1 + seed % 3, (12, 40)[seed % 2]
+    n_keys = A_SET * n_sets if policy == Policy.STATIC else 4 + 10 * n_sets
+    arena = Arena(seed, n_sets=n_sets, n_keys=n_keys, dim=dim, policy=policy)
     arena.insert(np.arange(n_keys), epoch=0)
     with arena.cache.launcher.together(seed, **schedule):
         before = arena.versions.copy()
@@ -106,14 +115,24 @@ def update_race(seed: int, **schedule: Any) -> Reads:
     return total
 
 
-def backfill_race(seed: int, writer: str, **schedule: Any) -> Counter[Outcome]:
+def backfill_race(
+    seed: int, writer: str, *, policy: Policy = Policy.LRU, **schedule: Any
+) -> Counter[Outcome]:
     """Race old backfills of a few keys with one ``writer``; return their outcomes.
 
     Lookups have missed, and have read rows of epoch 0 from below: old ones, and beside
     an update new ones too, since rows change below before the epoch does. Whatever the
-    interleaving, no old row is there when the writer and the backfills are done.
+    interleaving, no old row is there when the writer and the backfills are done. In a
+    static table others are there all the time, so that some keys go to second sets.
     """
-    arena = Arena(seed, n_sets=1, n_keys=6, n_stamps=(1, 64)[seed % 2])
+    n_sets = 2 + seed % 2 if policy == Policy.STATIC else 1
+    n_keys = A_SET * n_sets if policy == Policy.STATIC else 6
+    arena = Arena(
+        seed, n_sets=n_sets, n_keys=n_keys, n_stamps=(1, 64)[seed % 2], policy=policy
+    )
+    arena.insert(np.arange(6, n_keys), epoch=0)
+    others = set(arena.keys[6:].tolist())
+    assert set(arena.cache.contents()) == others
     old, numbers = arena.versions.copy(), np.arange(6)
     fetched = [old, old + 1 if writer == "update" and seed // 2 % 2 else old]
     with arena.cache.launcher.together(seed, **schedule):
@@ -134,18 +153,21 @@ def backfill_race(seed: int, writer: str, **schedule: Any) -> Counter[Outcome]:
     arena.check_readers()
     arena.check_cache()
     if writer in ("evict", "clear"):
-        assert arena.cache.contents() == {}
+        left = others if writer == "evict" else set()
+        assert set(arena.cache.contents()) == left
     late = arena.insert(numbers, epoch=0, versions=old)
     settle(late, {Outcome.STALE})
     return Counter(Outcome(one) for one in np.concatenate(backfills).tolist())
 
 
-def shared_stamp_race(seed: int, **schedule: Any) -> None:
+def shared_stamp_race(
+    seed: int, *, policy: Policy = Policy.LRU, **schedule: Any
+) -> None:
     """Insert keys while others are evicted that share their stamp.
 
     Each insert comes before an eviction or after it: all its lanes take one way.
     """
-    arena = Arena(seed, n_sets=16, n_keys=36, n_stamps=1)
+    arena = Arena(seed, n_sets=16, n_keys=36, n_stamps=1, policy=policy)
     numbers, outcomes = np.arange(36), []
     with arena.cache.launcher.together(seed, **schedule):
         for i in range(6):
@@ -159,30 +181,35 @@ def shared_stamp_race(seed: int, **schedule: Any) -> None:
     assert set(arena.cache.contents()) == left
 
 
-def duplicate_race(seed: int, **schedule: Any) -> Counter[Outcome]:
+def duplicate_race(
+    seed: int, *, policy: Policy | None = None, **schedule: Any
+) -> Counter[Outcome]:
     """Insert the same keys twice at once into sets that are nearly full."""
-    policy = (Policy.LRU, Policy.LFU)[seed % 2]
-    arena = Arena(seed, n_sets=1 + seed % 2, n_keys=80, policy=policy)
-    arena.insert(arena.some(20 * (1 + seed % 2)), epoch=0)
+    static = policy == Policy.STATIC
+    n_sets = 1 + seed % 2 + static
+    policy = policy or (Policy.LRU, Policy.LFU)[seed % 2]
+    arena = Arena(seed, n_sets=n_sets, n_keys=80, policy=policy)
+    arena.insert(arena.some((23 if static else 20) * n_sets), epoch=0)
     start, numbers = arena.cache.total("size"), arena.some(12)
     with arena.cache.launcher.together(seed, **schedule):
         both = [arena.insert(numbers, epoch=0, stream=stream) for stream in range(2)]
     arena.check_cache()
     outcomes = np.concatenate(both)
-    settle(outcomes, {Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED})
+    kept_out = Outcome.FULL if static else Outcome.EVICTED
+    settle(outcomes, {Outcome.REPLACED, Outcome.INSERTED, kept_out})
     counts = Counter(Outcome(one) for one in outcomes.tolist())
     grown = arena.cache.total("size") - start
     assert counts[Outcome.INSERTED] == grown
     return counts
 
 
-def counting_race(seed: int, **schedule: Any) -> int:
+def counting_race(seed: int, *, policy: Policy = Policy.LRU, **schedule: Any) -> int:
     """Insert keys while a query counts its unique hits and misses.
 
     Occurrences of a key may hit and miss in one launch; it then counts as both. Returns
     how many keys did.
     """
-    arena = Arena(seed, n_sets=2, n_keys=24)
+    arena = Arena(seed, n_sets=2, n_keys=24, policy=policy)
     with arena.cache.launcher.together(seed, **schedule):
         arena.query(0, 200, arena.versions, stream="reader", count_unique=True)
         arena.insert(np.arange(24), epoch=0, stream="writer")

@@ -132,7 +132,7 @@ class Arena:
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.keys = numbered_keys(n_keys, seed)
-        self.dim = dim
+        self.dim, self.policy = dim, policy
         self.cache = CpuCache(
             RowLayout(dim),
             [TableLayout(n_sets, n_stamps=n_stamps, tick_shift=5)],

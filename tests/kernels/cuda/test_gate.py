@@ -73,6 +73,8 @@ def test_every_kind_of_kernel_has_a_limit_and_every_limit_a_kernel() -> None:
     with pytest.raises(KeyError):
         kind_of("unheard_of")
     assert kind_of("pooled_query_float32_3_float32_lru") == "pooled_query"
+    assert kind_of("insert_float32_3_static") == "insert_static"
+    assert kind_of("update_float32_3_static") == "update"
 
 
 def test_the_tools_that_the_gate_needs_are_there() -> None:

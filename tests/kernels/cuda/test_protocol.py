@@ -24,9 +24,13 @@ from tests.kernels.cuda.protocol import (
 ROWS = (RowLayout(12), RowLayout(3, "float16"))
 READERS = [query_kernel(ROWS[0], Policy.LRU), query_kernel(ROWS[1], Policy.LFU)]
 READERS += [pooled_query_kernel(ROWS[0], Policy.LRU)]
+READERS += [query_kernel(ROWS[0], Policy.STATIC)]
+READERS += [pooled_query_kernel(ROWS[0], Policy.STATIC)]
 WRITERS = [insert_kernel(ROWS[0], Policy.LRU), insert_kernel(ROWS[1], Policy.LFU)]
 WRITERS += [*(update_kernel(rows, Policy.LRU) for rows in ROWS)]
 WRITERS += [evict_kernel(Policy.LRU), clear_kernel()]
+PAIR_WRITERS = [insert_kernel(ROWS[0], Policy.STATIC), evict_kernel(Policy.STATIC)]
+PAIR_WRITERS += [update_kernel(rows, Policy.STATIC) for rows in ROWS]
 
 # What may race says how it is ordered; the rest is constant, or the output. At
 # the scope of a block is the clock of scores, of which an old value will do.
@@ -56,6 +60,11 @@ def test_a_writer_stores_between_lock_and_unlock(spec: KernelSpec) -> None:
     check_writer(Flow.of(spec))
 
 
+@pytest.mark.parametrize("spec", PAIR_WRITERS, ids=name_of)
+def test_a_writer_of_two_sets_stores_between_lock_and_unlock(spec: KernelSpec) -> None:
+    check_writer(Flow.of(spec), n_sets=2)
+
+
 def test_a_dump_looks_again_after_it_has_read() -> None:
     check_dump(Flow.of(dump_kernel()))
 
@@ -65,10 +74,11 @@ def test_the_last_block_sees_what_the_others_counted(spec: KernelSpec) -> None:
     check_last_block(Flow.of(spec))
 
 
-def test_every_access_to_what_may_race_is_ordered_or_relaxed() -> None:
+@pytest.mark.parametrize("policy", Policy)
+def test_every_access_to_what_may_race_is_ordered_or_relaxed(policy: Policy) -> None:
     found: dict[str, set[str]] = {}
     layout = CacheLayout(RowLayout(12), (TableLayout(1),))
-    for spec in Cache(layout, Policy.LRU, base=256, launcher=None).kernels():
+    for spec in Cache(layout, policy, base=256, launcher=None).kernels():
         for one in Flow.of(spec).accesses():
             found.setdefault(one, set()).add(spec.name)
     atomics = {one for one in found if one.startswith("atom")}
