@@ -54,8 +54,8 @@ class Cache:
 
     Caches may share a block if their layouts differ in ``rows.out`` only, and their
     policies are the same: what inserts of one policy leave as scores means something
-    else to another, and where keys of ``STATIC`` lie others do not look. Rows that must push nobody out,
-    as in a warm-up, are inserted with ``make_room=False``.
+    else to another, and only ``STATIC`` looks into second sets. Rows that must push
+    nobody out, as in a warm-up, are inserted with ``make_room=False``.
     """
 
     def __init__(

@@ -74,8 +74,8 @@ def is_stale(table, hashed, epoch):
     """Return whether a key was updated after ``epoch``, or its table cleared.
 
     The set is held, of a static table both: an update of the key comes either before,
-    and its stamp is seen, or after, and replaces the row. The floor, and a stamp that keys of other sets share,
-    may change between two lanes' loads, so the warp votes.
+    and its stamp is seen, or after, and replaces the row. The floor, and a stamp that
+    keys of other sets share, may change between two lanes' loads, so the warp votes.
     """
     stamp = stamp_of(hashed, load_const_u64(table + u64(STAMP_MASK)))
     stamps = load_const_u64(table + u64(STAMPS))

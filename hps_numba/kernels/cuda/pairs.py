@@ -6,10 +6,11 @@ other. Where it is known that a table has one set only, the functions here do wh
 done with the home set alone.
 
 An insert holds both sets of its key while it looks for the key and at its stamp, and
-goes on to hold the set where the key goes. An update or an eviction holds one after the
-other, the home set first, where it leaves its stamp. So it comes before an insert, which
-then sees the stamp, or finds in one of the two sets what the insert wrote. Of two inserts
-of one key the later finds the key.
+goes on to hold the set where the key goes. An update or an eviction holds one set after
+the other, and leaves its stamp while it holds the home set, the first. So it comes
+before an insert, which then sees the stamp, or finds in one of the two sets what the
+insert wrote. A clear raises the floor before it holds either set. Of two inserts of one
+key the later finds the key.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def second_place_of(table, hashed):
 
 @cache
 def second_place(policy: Policy) -> Any:
-    """Return a device function: ``second_place_of``, or zeros where keys have one set."""
+    """Return a device function: ``second_place_of``, or zeros where there is none."""
 
     @cuda.jit(device=True, forceinline=True)
     def nowhere(table, hashed):
@@ -153,8 +154,9 @@ def choose_of_two(table, meta, slots, rest, key, hashed, seq, flags, lane):
     """
     digest = digest_of(hashed)
     way, mine = way_in_locked(meta, slots, key, digest, lane)
-    outcome, moved = _REPLACED, False
-    if way == u32(WAYS):
+    outcome = _REPLACED
+    moved = way == u32(WAYS)
+    if moved:
         way, others = way_in_locked(rest[0], rest[1], key, digest, lane)
         moved = way < u32(WAYS)
         if not moved:

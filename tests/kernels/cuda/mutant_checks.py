@@ -26,6 +26,7 @@ from tests.kernels.cuda.race_scenarios import (
 )
 from tests.kernels.cuda.races import EDGES, MAX_STEPS
 from tests.kernels.cuda.sequences import TABLES, RandomOperations, rows_for
+from tests.kernels.cuda.static_races import crowd_race, insert_beside_a_held_set
 
 
 def _in_all(n_seeds: int, race: Callable[..., Any], **given: Any) -> None:
@@ -67,6 +68,28 @@ def dumps() -> None:
     _in_all(30, dump_race)
 
 
+def pairs_beside_writers() -> None:
+    _in_all(3, mixed_races, turns=3, policy=Policy.STATIC)
+
+
+def backfills_of_pairs() -> None:
+    for writer in ("update", "evict", "clear"):
+        _in_all(20, backfill_race, writer=writer, policy=Policy.STATIC)
+
+
+def duplicates_of_pairs() -> None:
+    _in_all(20, duplicate_race, policy=Policy.STATIC)
+
+
+def crowds_of_pairs() -> None:
+    _in_all(2, crowd_race)
+
+
+def held_pairs() -> None:
+    for held in range(2):
+        insert_beside_a_held_set(held)
+
+
 def pooled_beside_updates() -> None:
     _in_all(2, pooled_race, dim=12, writer="update")
 
@@ -85,6 +108,10 @@ def operations_by_use() -> None:
 
 def operations_of_halves() -> None:
     _operations(RowLayout(7, "float16"), Policy.STATIC)
+
+
+def operations_of_pairs() -> None:
+    _operations(RowLayout(12), Policy.STATIC)
 
 
 def _operations(rows: RowLayout, policy: Policy) -> None:

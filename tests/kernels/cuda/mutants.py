@@ -50,6 +50,8 @@ class Mutant:
         Text that is there once, and what takes its place.
     check
         Function of ``mutant_checks`` that fails because of it.
+    also
+        Other texts that are there once, and what takes their places.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Mutant:
     old: str
     new: str
     check: str
+    also: tuple[tuple[str, str], ...] = ()
 
     @property
     def full_module(self) -> str:
@@ -107,12 +110,13 @@ def mutated(mutant: Mutant) -> str:
         If the new text does not fit.
     """
     text = _path_of(mutant.full_module).read_text()
-    if text.count(mutant.old) != 1:
-        raise ValueError(
-            f"{mutant.name}: text found {text.count(mutant.old)} times in "
-            f"{mutant.full_module}"
-        )
-    text = text.replace(mutant.old, mutant.new)
+    for old, new in ((mutant.old, mutant.new), *mutant.also):
+        if text.count(old) != 1:
+            raise ValueError(
+                f"{mutant.name}: text found {text.count(old)} times in "
+                f"{mutant.full_module}"
+            )
+        text = text.replace(old, new)
     compile(text, mutant.name, "exec")
     return text
 
@@ -217,8 +221,9 @@ def all_mutants() -> list[Mutant]:
     """Return the bugs to plant."""
     from tests.kernels.cuda.race_mutants import RACE_MUTANTS
     from tests.kernels.cuda.result_mutants import RESULT_MUTANTS
+    from tests.kernels.cuda.static_mutants import STATIC_MUTANTS
 
-    return [*RACE_MUTANTS, *RESULT_MUTANTS]
+    return [*RACE_MUTANTS, *RESULT_MUTANTS, *STATIC_MUTANTS]
 
 
 def main(words: Iterable[str]) -> int:

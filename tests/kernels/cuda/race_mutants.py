@@ -53,9 +53,9 @@ _LOCKS = [
     Mutant(
         "an update lets its set go before it has written the row",
         "update",
-        "                write(values + i * u64(row_bytes), target, lane)\n",
+        "                write(source, target, lane)\n",
         "                unlock_set(meta, u32(seq + u32(2)))\n"
-        "                write(values + i * u64(row_bytes), target, lane)\n",
+        "                write(source, target, lane)\n",
         "readers_beside_updates_that_are_held_up",
     ),
     Mutant(
@@ -204,14 +204,14 @@ _STAMPS = [
     Mutant(
         "an insert looks at the stamp before it has the set",
         "insert",
-        """            seq = lock_set(meta)
+        """            seq, rest_seq = lock(meta, rest)
             if (seq & u32(1)) == u32(0):
-                way, outcome = u32(WAYS), _STALE
+                way, outcome, moved = u32(WAYS), _STALE, False
                 if not is_stale(table, hashed, epoch):""",
         """            stale = is_stale(table, hashed, epoch)
-            seq = lock_set(meta)
+            seq, rest_seq = lock(meta, rest)
             if (seq & u32(1)) == u32(0):
-                way, outcome = u32(WAYS), _STALE
+                way, outcome, moved = u32(WAYS), _STALE, False
                 if not stale:""",
         "backfills",
     ),
@@ -225,8 +225,8 @@ _STAMPS = [
     Mutant(
         "an eviction stamps nothing",
         "evict",
-        """            if lane == u32(0):
-                stamp_key(table, hashed, epoch)
+        """        if stamps and lane == u32(0):
+            stamp_key(table, hashed, epoch)
 """,
         "",
         "backfills",
@@ -234,14 +234,14 @@ _STAMPS = [
     Mutant(
         "an update stamps keys that are there only",
         "update",
-        """            if lane == u32(0):
+        """            if stamps and lane == u32(0):
                 stamp_key(table, hashed, epoch)
             way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
             if way < u32(WAYS):
 """,
         """            way, _ = way_in_locked(meta, slots, key, digest_of(hashed), lane)
             if way < u32(WAYS):
-                if lane == u32(0):
+                if stamps and lane == u32(0):
                     stamp_key(table, hashed, epoch)
 """,
         "backfills",

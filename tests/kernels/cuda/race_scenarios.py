@@ -71,7 +71,7 @@ def mixed_race(arena: Arena, seed: int, **schedule: Any) -> Reads:
         settle(one, _WRITES | {Outcome.FULL} if static else _WRITES)
     keys, n_busy = dumped(snapshot)
     assert len(keys) <= WAYS * len(arena.cache.seqs())
-    # A key that goes and comes again meanwhile may have been in one set, then in another.
+    # A key that goes and comes again meanwhile may have been in one set, then another.
     assert max(Counter(keys.tolist()).values(), default=1) <= (2 if static else 1)
     assert set(keys.tolist()) <= set(arena.keys.tolist())
     assert n_busy == 0

@@ -266,8 +266,8 @@ _ROWS = (
     Mutant(
         "an insert makes room although it must not",
         "insert",
-        "elif nobody_yields or (flags & u32(FREE_ONLY)) != u32(0):",
-        "elif nobody_yields:",
+        "elif (flags & u32(FREE_ONLY)) != u32(0):",
+        "elif (flags & u32(FREE_ONLY)) == u32(1):",
         "no_room",
     ),
     Mutant(
@@ -301,8 +301,8 @@ _ROWS = (
     Mutant(
         "rows that come in are taken for padded",
         "update",
-        "write(values + i * u64(row_bytes), target, lane)",
-        "write(values + i * u64(stride), target, lane)",
+        "row_bytes = rows.row_bytes",
+        "row_bytes = rows.stride_bytes",
         "operations_of_halves",
     ),
     Mutant(

@@ -61,7 +61,7 @@ class _Applying:
         return place == (n_set, None) and self._apply(i)
 
     def others(self) -> bool:
-        """Apply what found its key, no room, or a stamp; a key's seen row comes last."""
+        """Apply what found its key, no room or a stamp; what is seen comes last."""
         found = [
             i
             for i, outcome in enumerate(self.inserts.outcomes)

@@ -53,10 +53,8 @@ def both_sets_race(seed: int, **schedule: Any) -> int:
     arena.insert(np.arange(n_keys), epoch=0)
     moving = arena.some(3 * n_sets)
     staying = set(np.delete(arena.keys, moving).tolist())
-    snapshots = []
     with arena.cache.launcher.together(seed, **schedule):
-        for i in range(8):
-            snapshots.append(arena.cache.dump(stream=f"dump {i % 2}"))
+        snapshots = [arena.cache.dump(stream=f"dump {i % 2}") for i in range(8)]
         for part in np.array_split(arena.rng.permutation(moving), 3):
             gone = arena.evict(part, stream="writer")
             # Room in another set than before, for some.
@@ -77,6 +75,27 @@ def both_sets_race(seed: int, **schedule: Any) -> int:
     arena.check_cache()
     assert len(arena.cache.contents()) == n_keys
     return n_twice
+
+
+def held_pair(held: int) -> Arena:
+    """Return a static table of two sets, one of which a writer has left held."""
+    arena = Arena(2, n_sets=2, n_keys=40, policy=Policy.STATIC)
+    arena.insert(np.arange(40), epoch=0)
+    arena.cache.meta()[held, 0] |= 1
+    return arena
+
+
+def insert_beside_a_held_set(held: int) -> None:
+    """Insert where one of two sets is not to be had: the other is let go unchanged."""
+    arena = held_pair(held)
+    before = arena.cache.block.tobytes()
+    outcomes = arena.insert(np.array([3, 4]), epoch=arena.epoch)
+    assert outcomes.tolist() == [Outcome.BUSY] * 2
+    assert arena.cache.block.tobytes() == before
+    arena.cache.meta()[held, 0] &= 0xFE
+    settled = arena.insert(np.arange(40), epoch=arena.epoch)
+    assert set(settled.tolist()) == {Outcome.REPLACED}
+    arena.check_cache()
 
 
 def in_home(arena: Arena, n_set: int) -> Array:

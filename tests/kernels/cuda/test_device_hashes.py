@@ -12,6 +12,7 @@ from hps_numba.kernels.cuda.hashing import (
     door_mark_of,
     door_of,
     hash_key,
+    second_set_of,
     set_of,
     stamp_of,
 )
@@ -113,6 +114,40 @@ def test_a_set_is_the_hash_as_a_fraction_of_the_sets() -> None:
     pairs = zip(hashed.tolist(), counts.tolist(), strict=True)
     assert got.tolist() == [one * n_sets >> 64 for one, n_sets in pairs]
     assert np.all(got < counts)
+
+
+def second_set_kernel(keys, counts, out):
+    i = u64(cuda.grid(1)) * u64(8)
+    hashed = hash_key(load_u64(keys + i))
+    store_u64(out + i, second_set_of(hashed, load_u64(counts + i)))
+
+
+def test_a_second_set_is_any_but_the_home_set() -> None:
+    rng = np.random.default_rng(14)
+    keys, counts = some_keys(), rng.integers(1, 2**32 // 28, N, np.uint64)
+    counts[:1024] = np.arange(1024) % 8 + 1
+    counts[-8:] = 2**32 // 28
+    got = run_threads(
+        second_set_kernel, N, keys, counts, out=np.full(N, 0xEE, np.uint64)
+    )
+    for key, n_sets, second in zip(
+        keys.tolist(), counts.tolist(), got.tolist(), strict=True
+    ):
+        assert second == hashes.second_set_of(key, n_sets) < n_sets
+        assert (second == hashes.set_of(key, n_sets)) == (n_sets == 1)
+
+
+def test_home_and_second_sets_are_spread_over_all_pairs_alike() -> None:
+    n_sets, n = 16, 60_000
+    times = np.zeros((n_sets, n_sets))
+    for key in range(n):
+        home = hashes.set_of(key, n_sets)
+        times[home, hashes.second_set_of(key, n_sets)] += 1
+    assert (np.diag(times) == 0).all()
+    pairs = times[~np.eye(n_sets, dtype=bool)]
+    chi2 = ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum()
+    # Of 239 degrees of freedom: 239 is expected, and 311 exceeded once in 1,000.
+    assert chi2 < 311
 
 
 def bounds_kernel(counts, firsts, out):

@@ -18,8 +18,14 @@ from tests.kernels.cuda.race_scenarios import (
     shared_stamp_race,
     update_race,
 )
-from tests.kernels.cuda.races import Arena, Reads
-from tests.kernels.cuda.static_races import both_sets_race, crowd_race, in_home
+from tests.kernels.cuda.races import Reads
+from tests.kernels.cuda.static_races import (
+    both_sets_race,
+    crowd_race,
+    held_pair,
+    in_home,
+    insert_beside_a_held_set,
+)
 
 RACING_READS = 50_000
 STATIC = Policy.STATIC
@@ -111,27 +117,11 @@ def test_sums_are_of_whole_rows_that_existed(memory: str, writer: str) -> None:
     assert n_missed > 0
 
 
-def held_pair(held: int) -> Arena:
-    """Return a static table of two sets, one of which a writer has left held."""
-    arena = Arena(2, n_sets=2, n_keys=40, policy=STATIC)
-    arena.insert(np.arange(40), epoch=0)
-    arena.cache.meta()[held, 0] |= 1
-    return arena
-
-
 @pytest.mark.parametrize("held", [0, 1])
 def test_an_insert_that_gets_one_set_only_lets_it_go_and_writes_nothing(
     held: int,
 ) -> None:
-    arena = held_pair(held)
-    before = arena.cache.block.tobytes()
-    outcomes = arena.insert(np.array([3, 4]), epoch=arena.epoch)
-    assert outcomes.tolist() == [Outcome.BUSY] * 2
-    assert arena.cache.block.tobytes() == before
-    arena.cache.meta()[held, 0] &= 0xFE
-    settled = arena.insert(np.arange(40), epoch=arena.epoch)
-    assert set(settled.tolist()) == {Outcome.REPLACED}
-    arena.check_cache()
+    insert_beside_a_held_set(held)
 
 
 @pytest.mark.parametrize("held", [0, 1])

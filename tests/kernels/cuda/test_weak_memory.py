@@ -23,6 +23,7 @@ def test_no_row_is_torn_foreign_or_old_in_a_very_weak_memory() -> None:
         weak_checks.updates,
         weak_checks.backfills,
         weak_checks.duplicates,
+        weak_checks.pairs,
         weak_checks.first_dumps,
         weak_checks.whole_dumps,
         weak_checks.launch_ends,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.kernels.cuda.layout import Outcome, RowLayout, TableLayout
+from hps_numba.kernels.cuda.layout import Outcome, Policy, RowLayout, TableLayout
 from tests.kernels.cuda.harness import CpuCache, dumped
 from tests.kernels.cuda.pooled_races import pooled_race
 from tests.kernels.cuda.race_scenarios import (
@@ -55,6 +55,15 @@ def duplicates() -> None:
 
 def pooled_updates() -> None:
     _over_seeds(4, pooled_race, dim=12, writer="update")
+
+
+def pairs() -> None:
+    """What static tables add: two sets to look into, and two to hold."""
+    _over_seeds(12, update_race, policy=Policy.STATIC)
+    for writer in ("update", "evict", "clear"):
+        _over_seeds(12, backfill_race, writer=writer, policy=Policy.STATIC)
+    _over_seeds(12, duplicate_race, policy=Policy.STATIC)
+    _over_seeds(4, mixed_races, turns=2, policy=Policy.STATIC)
 
 
 def first_dumps() -> None:

@@ -153,7 +153,45 @@ _ENDS = [
     ),
 ]
 
-WEAK_MUTANTS = [*_LOCKS, *_READERS, *_ENDS]
+_PAIRS = [
+    Mutant(
+        "the lock of either of two sets is no acquire",
+        "ptx",
+        'swap_acquire_u32 = _compare_and_swap("acquire", 32)',
+        'swap_acquire_u32 = _compare_and_swap("relaxed", 32)',
+        "pairs",
+    ),
+    Mutant(
+        "lanes do not meet after the locks of two sets",
+        "device",
+        "    cuda.syncwarp(FULL_WARP)\n    # Each lane's",
+        "    # Each lane's",
+        "pairs",
+    ),
+    Mutant(
+        "no fence after the rows of static tables were read",
+        "device",
+        _END,
+        "    cuda.syncwarp(FULL_WARP)\n\n\n@cuda",
+        "pairs",
+    ),
+    Mutant(
+        "the unlock of either of two sets is no release",
+        "device",
+        "    store_release_u32,\n",
+        "    store_u32 as store_release_u32,\n",
+        "pairs",
+    ),
+    Mutant(
+        "a first look into either of two sets is no acquire",
+        "device",
+        "low = load_acquire_quad(meta)",
+        "low = load_quad(meta)",
+        "pairs",
+    ),
+]
+
+WEAK_MUTANTS = [*_LOCKS, *_READERS, *_ENDS, *_PAIRS]
 
 
 def verdict_of(mutant: Mutant) -> str:
