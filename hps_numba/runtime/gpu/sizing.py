@@ -6,7 +6,6 @@ without either can tell what one with them will need.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,12 +24,12 @@ from hps_numba.kernels.cuda.layout import (
 from hps_numba.types import TableSpec
 
 MAX_SETS = ((1 << 32) - 1) // WAYS
-_OVERFLOWS = 1e-3  # expected sets of a table with more rows than ways
+ROWS_A_SET = 24  # of a table with a place for every row
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Tables of one model whose rows have the same layout: one cache.
+    """Tables of one model with the same layout of rows and the same policy: one cache.
 
     Parameters
     ----------
@@ -102,17 +101,15 @@ def plan_cache(params: InferenceParams, rows: Sequence[int]) -> CachePlan:
     """
     specs = params.tables()
     layouts = [_row_layout(spec) for spec in specs]
-    static = params.embedding_cache_type is EmbeddingCacheType.STATIC
-    if static:
+    if params.embedding_cache_type is EmbeddingCacheType.STATIC:
         n_sets = _sets_of_static(params, layouts, rows)
     elif params.gpu_cache_bytes is None:
         n_sets = _sets_by_share(params, rows)
     else:
         n_sets = _sets_by_bytes(params, layouts, rows)
-    policy = Policy.STATIC if static else Policy(params.gpu_cache_policy.value)
-    positions: dict[RowLayout, list[int]] = {}
-    for i, layout in enumerate(layouts):
-        positions.setdefault(layout, []).append(i)
+    positions: dict[tuple[RowLayout, Policy], list[int]] = {}
+    for i, policy in enumerate(_policies(params, rows, n_sets)):
+        positions.setdefault((layouts[i], policy), []).append(i)
     return CachePlan(
         tuple(
             GroupPlan(
@@ -121,41 +118,37 @@ def plan_cache(params: InferenceParams, rows: Sequence[int]) -> CachePlan:
                 policy=policy,
                 file_rows=tuple(rows[i] for i in members),
             )
-            for layout, members in positions.items()
+            for (layout, policy), members in positions.items()
         )
     )
 
 
 def sets_for_all(n_rows: int) -> int:
-    """Return the fewest sets in which as good as surely all rows find a place.
+    """Return sets in which as good as surely all rows find a place, of two sets each.
 
-    The expected number of sets with more rows than ways is below 1/1000, by a bound:
-    rows of a set are taken as Poisson distributed, whose tail is above that of the
-    binomial distribution, which keys with random hashes follow.
+    With 24 rows to a set, fewer than 1 table in 1,000 lacks a place for one of its
+    rows, however large: see docs/decisions/0009-two-sets-for-static-tables.md.
     """
-    if n_rows <= WAYS:
-        return 1
-    few, many = n_rows // WAYS, n_rows  # too few for sure; surely enough
-    while many - few > 1:
-        middle = (few + many) // 2
-        if middle * _more_than_ways(n_rows / middle) < _OVERFLOWS:
-            many = middle
-        else:
-            few = middle
-    return many
+    return 1 if n_rows <= WAYS else -(-n_rows // ROWS_A_SET)
 
 
-def _more_than_ways(mean: float) -> float:
-    """Return how likely a Poisson distributed number is above 28; exact in float64."""
-    if mean >= WAYS:
-        return 1.0  # above 0.4 at least, which is too much anyway
-    term = math.exp((WAYS + 1) * math.log(mean) - mean - math.lgamma(WAYS + 2))
-    total, k = 0.0, WAYS + 1
-    while term > total * 1e-17:
-        total += term
-        k += 1
-        term *= mean / k
-    return total
+def _policies(
+    params: InferenceParams, rows: Sequence[int], n_sets: Sequence[int]
+) -> list[Policy]:
+    """Return the policy of each table: nobody has to yield where all rows have a place.
+
+    With less than that for one table, all tables are as configured, so that those whose
+    rows are alike stay together.
+    """
+    configured = Policy(params.gpu_cache_policy.value)
+    if params.embedding_cache_type is EmbeddingCacheType.STATIC:
+        whole = True
+    elif params.gpu_cache_bytes is None:
+        whole = params.cache_size_percentage == 1
+    else:
+        known = [(n, sets) for n, sets in zip(rows, n_sets, strict=True) if n]
+        whole = all(sets >= sets_for_all(n) for n, sets in known)
+    return [Policy.STATIC if n and whole else configured for n in rows]
 
 
 def _sets_of_static(
