@@ -70,7 +70,8 @@ def dump_kernel() -> KernelSpec:
              and were left out. It must be zero before the first launch, and is ready
              for the next one
     Races    safe beside all other kernels; takes no lock. Keys of one set are of one
-             instant. Nothing else uses ``counts``
+             instant; a key of a static table that goes and comes back meanwhile may be
+             told of both its sets. Nothing else uses ``counts``
     Cost     288 bytes read a set; one atomic operation
     Oracle   tests/kernels/cuda/oracle.py: OracleTable.dump
 

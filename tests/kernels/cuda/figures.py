@@ -34,6 +34,7 @@ from tests.kernels.cuda.race_scenarios import (
 )
 from tests.kernels.cuda.races import MAX_STEPS, Reads
 from tests.kernels.cuda.sequences import TABLES, RandomOperations
+from tests.kernels.cuda.static_races import both_sets_race, crowd_race
 from tests.kernels.cuda.weak_mutants import WEAK_MUTANTS, verdict_of
 
 Line = dict[str, Any]
@@ -64,6 +65,20 @@ RACES: dict[str, Callable[..., Any]] = {
     "sums and updates": lambda seed, **schedule: pooled_race(
         seed, dim=12, writer="update", **schedule
     ),
+    "static: readers, writers, backfills and a dump": lambda seed, **schedule: (
+        mixed_races(seed, 4, policy=Policy.STATIC, **schedule)
+    ),
+    "static: readers and updates": lambda seed, **schedule: update_race(
+        seed, policy=Policy.STATIC, **schedule
+    ),
+    "static: old backfills and an update": lambda seed, **schedule: backfill_race(
+        seed, "update", policy=Policy.STATIC, **schedule
+    ),
+    "static: two inserts of the same keys": lambda seed, **schedule: duplicate_race(
+        seed, policy=Policy.STATIC, **schedule
+    ),
+    "static: warps that want each other's sets": crowd_race,
+    "static: dumps and keys that come back": both_sets_race,
 }
 
 
