@@ -94,11 +94,8 @@ def test_servers_hit_as_exact_lru_does_but_for_what_the_page_says():
 
 @pytest.mark.parametrize("page", [PAGE, OPERATIONS], ids=["gpu", "operations"])
 def test_places_for_all_rows_take_what_the_page_says(page):
-    rows = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
-    header = "| rows of the table | " + " | ".join(f"{n:,}" for n in rows) + " |"
-    slots = " | ".join(f"{28 * sets_for_all(n) / n:.2f}" for n in rows)
-    assert header in page
-    assert f"| slots a row | {slots} |" in page
+    slots = {f"{28 * sets_for_all(n) / n:.3f}" for n in (10**6, 10**7, 10**8)}
+    assert [f"{each} slots a row" in page for each in slots] == [True]
 
 
 def test_a_slot_takes_what_the_page_says():

@@ -20,6 +20,7 @@ from tests.gpu.vectors import (
     by_chunks,
     differing,
     digests_of,
+    second_sets_of,
     sets_of,
     stamps_of,
     stored_rows,
@@ -74,7 +75,9 @@ class BigTable:
         self.cpu.set_default(0, self.default[0])
         self.keys = key_pool(n_keys, self.rng)
         self.order = np.argsort(self.keys)
-        self.home = sets_of(self.keys, self.table.n_sets)
+        self.home = self.second = sets_of(self.keys, self.table.n_sets)
+        if policy == Policy.STATIC:
+            self.second = second_sets_of(self.keys, self.table.n_sets)
         self.versions = np.zeros(n_keys, np.int64)
         self.slots = np.full(n_keys, -1, np.int64)  # where a key is; -1 if it is not
         self.writes = np.zeros(self.table.n_sets, np.int64)
@@ -106,7 +109,9 @@ class BigTable:
         numbers = self.numbers_of(keys)
         assert len(np.unique(numbers)) == len(numbers), "a key is there twice"
         assert np.array_equal(np.sort(numbers), np.flatnonzero(inside))
-        assert (self.home[numbers] == slots // WAYS).all(), "a key in another's set"
+        its_own = self.home[numbers] == slots // WAYS
+        its_own |= self.second[numbers] == slots // WAYS
+        assert its_own.all(), "a key in another's set"
         assert (digests[slots] == digests_of(keys)).all()
         seqs = self.cpu.seqs().astype(np.int64)
         assert (seqs == 2 * self.writes).all(), "a set was left held, or written unseen"
@@ -155,13 +160,13 @@ class BigTable:
         outcomes, evicted = self.cpu.insert(keys, self.rows_now(numbers), epoch=epoch)
         stale = self.stamps[stamps_of(keys, self.table.n_stamps)] > epoch
         assert ((outcomes == Outcome.STALE) == stale).all()
-        n_sets = self.table.n_sets
-        new = np.bincount(self.home[numbers[~stale]], minlength=n_sets)
-        free = WAYS - np.bincount(self.home[before], minlength=n_sets)
         inserted = outcomes == Outcome.INSERTED
-        into_room = np.bincount(self.home[numbers[inserted]], minlength=n_sets)
-        assert (into_room == np.minimum(new, free)).all()
-        other = Outcome.FULL if self.policy == Policy.STATIC else Outcome.EVICTED
+        if self.policy == Policy.STATIC:
+            self._check_full(numbers[~(inserted | stale)])
+            other = Outcome.FULL
+        else:
+            self._check_room(numbers[~stale], numbers[inserted])
+            other = Outcome.EVICTED
         assert (outcomes[~(inserted | stale)] == other).all()
         gone = outcomes == Outcome.EVICTED
         untouched = evicted[~gone].view(np.uint8)
@@ -174,6 +179,20 @@ class BigTable:
         inside[left] = False
         self._wrote(numbers, outcomes)
         self.check_memory(inside)
+
+    def _check_room(self, new: Array, inserted: Array) -> None:
+        """Fail unless as many keys took empty ways as there were for them."""
+        n_sets = self.table.n_sets
+        wanted = np.bincount(self.home[new], minlength=n_sets)
+        free = WAYS - np.bincount(self.home[self.inside], minlength=n_sets)
+        into_room = np.bincount(self.home[inserted], minlength=n_sets)
+        assert (into_room == np.minimum(wanted, free)).all()
+
+    def _check_full(self, left_out: Array) -> None:
+        """Fail unless both sets of the keys that had no place are full."""
+        full = (self.cpu.digests() != 0).all(1)
+        assert full[self.home[left_out]].all()
+        assert full[self.second[left_out]].all()
 
     def replace(self, numbers: Array, *, epoch: int) -> None:
         """Insert keys that are there, with new rows; none is stale."""
@@ -214,8 +233,19 @@ class BigTable:
         self.check_memory(np.zeros(len(self.keys), bool))
 
     def _wrote(self, numbers: Array, outcomes: Array) -> None:
-        sets = self.home[numbers[np.isin(outcomes, WROTE)]]
+        written = numbers[np.isin(outcomes, WROTE)]
+        sets = self.home[written]
+        if self.policy == Policy.STATIC:
+            slots = self.slots[written]
+            sets = np.where(slots < 0, self._slots_now()[written], slots) // WAYS
         self.writes += np.bincount(sets, minlength=self.table.n_sets)
+
+    def _slots_now(self) -> Array:
+        """Return the slot of each key as the cache's memory has it, or -1."""
+        slots = np.flatnonzero(self.cpu.digests().reshape(-1))
+        found = np.full(len(self.keys), -1, np.int64)
+        found[self.numbers_of(self.cpu.stored_keys().reshape(-1)[slots])] = slots
+        return found
 
     # -- readers ------------------------------------------------------------------
 

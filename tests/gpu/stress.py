@@ -140,8 +140,8 @@ class Arena:
         rows = self.layout.rows
         yield query_kernel(rows, Policy.LRU)
         yield insert_kernel(rows, Policy.LRU)
-        yield update_kernel(rows)
-        yield evict_kernel()
+        yield update_kernel(rows, Policy.LRU)
+        yield evict_kernel(Policy.LRU)
 
     def round(self) -> Reads:
         """Run one round and look at what everybody saw and left."""

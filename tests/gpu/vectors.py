@@ -32,11 +32,19 @@ def hashes_of(keys: Array) -> Array:
 
 def sets_of(keys: Array, n_sets: int) -> Array:
     """Return the sets of keys; ``n_sets`` is below 2 ** 32."""
-    hashed = hashes_of(keys)
-    high, low = hashed >> u64(32), hashed & u64(0xFFFFFFFF)
-    return ((high * u64(n_sets) + (low * u64(n_sets) >> u64(32))) >> u64(32)).astype(
-        np.int64
-    )
+    return _scaled(hashes_of(keys), n_sets)
+
+
+def second_sets_of(keys: Array, n_sets: int) -> Array:
+    """Return the second sets that keys have in a static table."""
+    step = _scaled(hashes_of(keys) << u64(24), n_sets - 1)
+    return (sets_of(keys, n_sets) + 1 + step) % n_sets
+
+
+def _scaled(words: Array, n: int) -> Array:
+    """Return words as fractions of 2 ** 64, times ``n``."""
+    high, low = words >> u64(32), words & u64(0xFFFFFFFF)
+    return ((high * u64(n) + (low * u64(n) >> u64(32))) >> u64(32)).astype(np.int64)
 
 
 def digests_of(keys: Array) -> Array:
