@@ -250,6 +250,20 @@ def test_large_checks_notice_a_key_that_is_gone() -> None:
     memory.close()
 
 
+def test_large_checks_notice_a_key_of_a_static_table_in_a_third_set() -> None:
+    memory = MirroredMemory(Gpu(0))
+    table = BigTable(memory, ROWS, Policy.STATIC, n_keys=400, seed=0)
+    table.insert_new(np.arange(220), epoch=0)
+    assert (table.home[:200] != table.slots[:200] // 28).any()
+    table.update(np.arange(150), epoch=1)
+    table.query(np.arange(300))
+    own = np.flatnonzero(table.inside)
+    table.second[own] = table.home[own] = (table.home[own] + 1) % table.table.n_sets
+    with pytest.raises(AssertionError, match="another's set"):
+        table.evict(np.arange(10), epoch=2)
+    memory.close()
+
+
 def run_rounds(arena: stress.Arena) -> None:
     for _ in range(10):
         arena.round()
