@@ -14,6 +14,7 @@ either row.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -25,6 +26,8 @@ from hps_numba.runtime.gpu.lane_layout import LaneLayout, lane_layouts
 from hps_numba.runtime.gpu.sizing import CachePlan
 from hps_numba.runtime.gpu.table_cache import Group, TableCache
 from hps_numba.runtime.gpu.writer import Writer
+
+logger = logging.getLogger(__name__)
 
 
 class GpuCache:
@@ -106,7 +109,12 @@ class GpuCache:
             if self._closed:
                 return
             self._closed = True
-        self.lanes.close()
+        if not self.lanes.close():
+            logger.warning(
+                "cache=gpu:%d a lookup does not end: its device memory is kept",
+                self.gpu.ordinal,
+            )
+            return
         self._writer.close()
         for group in self.groups:
             group.close()

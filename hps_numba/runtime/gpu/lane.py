@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 from contextlib import suppress
+from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from hps_numba.kernels.cuda.operands import Workspace
 from hps_numba.runtime.gpu.lane_layout import LaneLayout, StagingLayout
 from hps_numba.runtime.gpu.staging import Staging
 from hps_numba.types import Keys
+
+_PATIENCE_S = 5.0  # for lookups that hang when the cache is closed
 
 
 class GroupLane:
@@ -221,11 +224,19 @@ class LanePool:
         """Let others take a lane."""
         self._free.put(lane)
 
-    def close(self) -> None:
-        """Wait for all lanes and close them; the second call does nothing."""
-        for _ in range(self._n_lanes):
-            lane = self._free.get()
-            if lane is not None:
-                lane.close()
-        self._n_lanes = 0
+    def close(self) -> bool:
+        """Close the lanes; return whether all were given back, and so were closed.
+
+        Waits a moment for lookups, which are over by now if nothing below hangs.
+        """
+        deadline = monotonic() + _PATIENCE_S
+        n_closed = 0
+        with suppress(queue.Empty):
+            while n_closed < self._n_lanes:
+                lane = self._free.get(timeout=max(deadline - monotonic(), 0.0))
+                if lane is not None:
+                    lane.close()
+                    n_closed += 1
+        all_closed, self._n_lanes = n_closed == self._n_lanes, 0
         self._free.put(None)
+        return all_closed

@@ -12,6 +12,7 @@ import pytest
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.gpu import Gpu, PinnedBlock
 from hps_numba.kernels.cuda.interchange import n_devices
+from hps_numba.runtime.gpu import lane
 from hps_numba.runtime.hps import HPS
 from hps_numba.runtime.session import LookupSession
 from tests.oracle import versioned_rows
@@ -206,6 +207,22 @@ class TestRefusedCalls:
                 session.lookup("items", given, out=out.array)
         server.close()
         assert out.untouched()
+
+
+def test_a_lookup_that_hangs_keeps_its_memory_and_lets_others_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lane, "_PATIENCE_S", 0.0)
+    with gpu_server(tmp_path, TABLES) as server:
+        cache = server.session("wdl")._path._cache  # type: ignore[attr-defined]
+        held = cache.lanes.take()
+    assert "cache=gpu:0 a lookup does not end" in caplog.text
+    # What it may still write to is there.
+    for group in cache.groups:
+        Gpu(0).zero(group.base, group.plan.layout.n_bytes, held.stream)
+    Gpu(0).wait(held.stream)
+    with pytest.raises(ClosedError, match="the GPU cache is closed"):
+        cache.lanes.take()
 
 
 class Late(Lent):
