@@ -67,22 +67,25 @@ class Cache:
         self._launcher = launcher
         self._query = query.query_kernel(layout.rows, policy)
 
-    def kernels(self) -> Iterator[KernelSpec]:
+    def kernels(self, *, every_one: bool = True) -> Iterator[KernelSpec]:
         """Yield what the operations launch, to be compiled ahead.
 
         Outputs that are less aligned than a unit of the rows have kernels of their own,
-        which are compiled when they are first used.
+        which are compiled when they are first used. Without ``every_one`` so are those
+        of pooled queries, and of queries that do not touch.
         """
         rows = self.layout.rows
         yield query.query_kernel(rows, self.policy)
-        if not self.policy.two_sets:
-            yield query.query_kernel(rows, self.policy, touch=False)
         yield scatter.scatter_kernel(rows)
         yield insert.insert_kernel(rows, self.policy)
         yield update.update_kernel(rows, self.policy)
         yield evict.evict_kernel(self.policy)
         yield evict.clear_kernel()
         yield dump.dump_kernel()
+        if not every_one:
+            return
+        if not self.policy.two_sets:
+            yield query.query_kernel(rows, self.policy, touch=False)
         if rows.out == "float32":
             yield pooled.pooled_query_kernel(rows, self.policy)
             yield pooled.pooled_scatter_kernel(rows)

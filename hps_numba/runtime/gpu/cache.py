@@ -85,8 +85,12 @@ class GpuCache:
                     for _ in range(n_lanes)
                 ]
             )
-            kernels = [k for group in self.groups for k in group.cache.kernels()]
-            gpu.launcher.warm_up(dict.fromkeys(kernels), progress)
+            needed = dict.fromkeys(
+                spec
+                for group in self.groups
+                for spec in group.cache.kernels(every_one=False)
+            )
+            gpu.launcher.warm_up(needed, progress)
             made.pop_all()
         self.block_rows = staging.n_rows
         self.tables = {
