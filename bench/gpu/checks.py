@@ -32,7 +32,7 @@ class Amounts:
     races: int
 
 
-FULL = Amounts(3000, 8, 1 << 20, 8, 3, 6.0, 4)
+FULL = Amounts(3000, 8, 1 << 20, 8, 3, 5.0, 5)
 SMOKE = Amounts(60, 1, 300, 1, 1, 0.0, 2)
 
 
@@ -128,8 +128,8 @@ def check_shapes() -> Iterator[tuple[RowLayout, Policy]]:
     """Yield the shapes of the caches that are checked."""
     scale = _tests("scale")
     yield from (*_tests("operations").CASES, *scale.CASES, *scale.POOLED)
-    for _, _, dim in _tests("stress").CASES:
-        yield RowLayout(dim), Policy.LRU
+    for _, kind, dim in _tests("stress").CASES:
+        yield RowLayout(dim), kind.policy
 
 
 def _within(run: Run, name: str, found: Iterable[tuple[str, int]]) -> Iterator[Line]:

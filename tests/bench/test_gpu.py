@@ -269,7 +269,10 @@ def run_rounds(arena: stress.Arena) -> None:
         arena.round()
 
 
-def test_races_notice_rows_that_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [stress.Arena, stress.StaticArena])
+def test_races_notice_rows_that_come_back(
+    kind: type[stress.Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
     insert = stress.Arena._insert
 
     def ever_fresh(arena: Any, name: str, *rows: Any) -> Any:
@@ -277,7 +280,7 @@ def test_races_notice_rows_that_come_back(monkeypatch: pytest.MonkeyPatch) -> No
         return insert(arena, name, numbers, versions, LATEST, stream)
 
     monkeypatch.setattr(stress.Arena, "_insert", ever_fresh)
-    arena = stress.Arena(Gpu(0), stress.TINY, dim=32, seed=3)
+    arena = kind(Gpu(0), stress.TINY, dim=32, seed=3)
     with pytest.raises(AssertionError, match=r"old row|before an update"):
         run_rounds(arena)
 

@@ -109,6 +109,7 @@ class Arena:
     """
 
     rows_of = staticmethod(rows_of)
+    policy = Policy.LRU
 
     def __init__(self, gpu: Gpu, sizes: Sizes, *, dim: int, seed: int) -> None:
         self.gpu, self.sizes, self.dim = gpu, sizes, dim
@@ -126,7 +127,7 @@ class Arena:
         self.layout = CacheLayout(RowLayout(dim), (table,))
         base = self.memory.block("cache", self.layout.n_bytes, fill=0)
         self.memory.write(base, self.layout.header(base))
-        self.cache = Cache(self.layout, Policy.LRU, base=base, launcher=gpu.launcher)
+        self.cache = Cache(self.layout, self.policy, base=base, launcher=gpu.launcher)
         self.checks: list[Callable[[], None]] = []
         self.seen = Reads()
         # Nothing is compiled or loaded behind the gate.
@@ -138,10 +139,10 @@ class Arena:
     def kernels(self) -> Iterator[KernelSpec]:
         """Yield what a round launches."""
         rows = self.layout.rows
-        yield query_kernel(rows, Policy.LRU)
-        yield insert_kernel(rows, Policy.LRU)
-        yield update_kernel(rows, Policy.LRU)
-        yield evict_kernel(Policy.LRU)
+        yield query_kernel(rows, self.policy)
+        yield insert_kernel(rows, self.policy)
+        yield update_kernel(rows, self.policy)
+        yield evict_kernel(self.policy)
 
     def round(self) -> Reads:
         """Run one round and look at what everybody saw and left."""
@@ -280,6 +281,12 @@ def flat_rows(numbers: Array, versions: Array, dim: int) -> Array:
     return np.repeat(values[:, None], dim, axis=1)
 
 
+class StaticArena(Arena):
+    """The same with a table whose keys have two sets each, most of them full."""
+
+    policy = Policy.STATIC
+
+
 class PooledArena(Arena):
     """The same with sums over bags: of a torn row, the values of a sum differ."""
 
@@ -287,7 +294,7 @@ class PooledArena(Arena):
 
     def kernels(self) -> Iterator[KernelSpec]:
         yield from super().kernels()
-        yield pooled_query_kernel(self.layout.rows, Policy.LRU)
+        yield pooled_query_kernel(self.layout.rows, self.policy)
 
     def _query(self, name: str, reader: int, oldest: Array) -> Callable[[], None]:
         memory, n_bags = self.memory, self.sizes.n_reads // KEYS_A_BAG
@@ -333,13 +340,14 @@ class PooledArena(Arena):
 CASES = (
     ("rows", Arena, 32),
     ("sums", PooledArena, 32),
+    ("rows of a static table", StaticArena, 32),
     ("rows", Arena, 128),
     ("rows", Arena, 12),
 )
 
 
 def check_races(
-    gpu: Gpu, sizes: Sizes, seconds: float, n_cases: int = 4
+    gpu: Gpu, sizes: Sizes, seconds: float, n_cases: int = 5
 ) -> Iterator[tuple[str, int]]:
     """Race for so long each, a round at least; yield how many reads hit and missed."""
     for seed, (what, kind, dim) in enumerate(CASES[:n_cases]):
