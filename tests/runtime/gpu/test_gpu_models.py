@@ -90,6 +90,30 @@ class TestWarmUp:
             assert len(held) == n_slots
             assert table_cache(server, "users").totals().evicted == 0
 
+    @pytest.mark.parametrize("kind", ["static", "dynamic"])
+    def test_rows_of_a_whole_table_are_updated_and_deleted_in_either_set(
+        self, tmp_path: Path, kind: str
+    ) -> None:
+        options = ALL | {"embedding_cache_type": kind}
+        with gpu_server(tmp_path, [ITEMS], **options) as server:
+            n_sets = table_cache(server, "items").n_sets
+            homes = [int(hash_key(key)) * n_sets >> 64 for key in range(300)]
+            assert max(np.bincount(homes)) > WAYS  # not all of them are at home
+            assert cached_versions(server, "items") == dict.fromkeys(range(300), 1)
+            keys = np.arange(300)
+            server.update("wdl", "items", keys[::2], versioned_rows(keys[::2], 2, 4))
+            wanted = {int(key): 1 + (key % 2 == 0) for key in keys}
+            assert cached_versions(server, "items") == wanted
+            server.delete("wdl", "items", keys[::3])
+            wanted = {key: version for key, version in wanted.items() if key % 3}
+            assert cached_versions(server, "items") == wanted
+            server.refresh("wdl")
+            assert cached_versions(server, "items") == wanted
+            new = np.arange(1000, 1100)
+            server.update("wdl", "items", new, versioned_rows(new, 3, 4))
+            assert versions(server, new, "items") == [3] * 100
+            assert cached_versions(server, "items").items() >= wanted.items()
+
     @pytest.mark.parametrize("counts", [False, True], ids=["in order", "with counts"])
     def test_the_keys_of_a_frequency_file_are_cached(
         self, tmp_path: Path, counts: bool
