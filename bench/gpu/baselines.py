@@ -85,15 +85,20 @@ class Libraries:
 
     def on_cupy_stream(self, call: Callable[[int], Any]) -> Callable[[int], None]:
         """Return a function of CuPy's that queues on the stream under test."""
-        stream = self.cupy.cuda.ExternalStream(
-            self.device.stream, self.device.gpu.ordinal
-        )
+        stream = self._cupy_stream()
 
         def queue(i: int) -> None:
             with stream:
                 call(i)
 
         return queue
+
+    def _cupy_stream(self) -> Any:
+        cuda = self.cupy.cuda
+        adopt = getattr(cuda.Stream, "from_external", None)
+        if adopt is None:  # before CuPy 14
+            return cuda.ExternalStream(self.device.stream, self.device.gpu.ordinal)
+        return adopt(self.device)
 
 
 def gathers(libraries: Libraries, stage: Stage, *, embedding: bool) -> list[Work]:

@@ -53,6 +53,10 @@ class Device:
         version = int(checked(driver.cuDriverGetVersion(), "driver"))
         return f"{version // 1000}.{version % 1000 // 10}"
 
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the stream, as libraries take one that is not theirs."""
+        return 0, self.stream
+
     # -- memory -------------------------------------------------------------------
 
     def block(self, n_bytes: int) -> Block:

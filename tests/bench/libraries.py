@@ -98,16 +98,17 @@ class WrongCupy:
 
     def __init__(self, device: Device) -> None:
         self._torch = Torch(device)
-        self.cuda = self
+        self.cuda = self.Stream = self
 
     @contextlib.contextmanager
     def _current(self, handle: int) -> Iterator[None]:
         with self._torch.stream(handle):
             yield
 
-    def ExternalStream(self, handle: int, ordinal: int) -> Any:  # noqa: N802 (its name)
-        assert ordinal == 0
+    def from_external(self, stream: Any) -> Any:
         outer = self
+        protocol, handle = stream.__cuda_stream__()
+        assert protocol == 0
 
         class Stream:
             def __enter__(self) -> None:

@@ -22,7 +22,7 @@ from hps_numba.runtime.gpu.arrays import (
     view,
 )
 from hps_numba.runtime.gpu.device_array import DeviceArray
-from hps_numba.runtime.gpu.new_arrays import new_array
+from hps_numba.runtime.gpu.new_arrays import cupy_stream, new_array
 from hps_numba.types import RowDtype, TableSpec
 
 TABLE = TableSpec("m", "t", dim=4)
@@ -205,7 +205,7 @@ def _cupy_waits_for_our_arrays(gpu: Gpu) -> None:
     for take in (cupy.asarray, cupy.from_dlpack):
         writing = gpu.stream()
         array = _written(gpu, np.zeros(4, np.int64), writing)
-        with cupy.cuda.ExternalStream(writing):
+        with cupy_stream(cupy, writing):
             busy, ours = cupy.ones(N_LONG, np.float32), cupy.asarray(array)
             for _ in range(N_ROUNDS):
                 busy *= 1.0

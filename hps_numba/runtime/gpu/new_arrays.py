@@ -64,17 +64,36 @@ def _own(
     return array, array.address
 
 
+class _Handle:
+    """A stream by its handle, as libraries take one that is not theirs."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def cupy_stream(cupy: Any, handle: int) -> Any:
+    """Return a stream of the current device as one of CuPy's."""
+    # From CuPy 14 on; what there was before then warns, and is to go.
+    adopt = getattr(cupy.cuda.Stream, "from_external", None)
+    return cupy.cuda.ExternalStream(handle) if adopt is None else adopt(_Handle(handle))
+
+
 def cupy_maker(cupy: Any) -> _Maker:
     """Return what makes arrays of CuPy, from the pool that CuPy keeps for a stream."""
     empty, cuda, current = cupy.empty, cupy.cuda, cupy.cuda.runtime.getDevice
-    streams: dict[int, Any] = {}
+    # Default streams of all devices have one handle, and CuPy holds a stream to the
+    # device on which it was wrapped.
+    streams: dict[tuple[int, int], Any] = {}
 
-    def on_device(shape: tuple[int, ...], dtype: Any, stream: int) -> Any:
-        known = streams.get(stream)
+    def on_device(shape: tuple[int, ...], dtype: Any, ordinal: int, stream: int) -> Any:
+        known = streams.get((ordinal, stream))
         if known is None:
             if len(streams) >= _MOST_STREAMS:
                 streams.clear()
-            known = streams[stream] = cuda.ExternalStream(stream)
+            known = streams[ordinal, stream] = cupy_stream(cupy, stream)
         # The pool takes back memory for the stream that was current when it gave it.
         with known:
             return empty(shape, dtype)
@@ -84,10 +103,10 @@ def cupy_maker(cupy: Any) -> _Maker:
     ) -> tuple[Any, int]:
         try:
             if current() == gpu.ordinal:
-                array = on_device(shape, dtype, stream)
+                array = on_device(shape, dtype, gpu.ordinal, stream)
             else:
                 with cuda.Device(gpu.ordinal):
-                    array = on_device(shape, dtype, stream)
+                    array = on_device(shape, dtype, gpu.ordinal, stream)
         except MemoryError as exc:  # CuPy's own is one
             raise OutOfDeviceMemoryError(f"device {gpu.ordinal}: {exc}") from exc
         return array, array.data.ptr

@@ -17,12 +17,15 @@ from hps_numba.runtime.gpu.new_arrays import cupy_maker, new_array
 
 
 class FakeCuPy:
-    """As much of CuPy as is used, with a trace of what was current when."""
+    """As much of CuPy as is used, with a trace of what was current when.
+
+    Before version 14 streams of others had a class of their own; since then that warns.
+    """
 
     class OutOfMemoryError(MemoryError):
         pass
 
-    def __init__(self) -> None:
+    def __init__(self, version: int) -> None:
         self.device = 0
         self.stream = 0
         self.streams_made = 0
@@ -30,13 +33,25 @@ class FakeCuPy:
         self.made: list[tuple[int, int]] = []
         self.cuda = SimpleNamespace(
             Device=lambda ordinal: _Current(self, "device", ordinal),
+            Stream=SimpleNamespace(),
             ExternalStream=self._external,
             runtime=SimpleNamespace(getDevice=lambda: self.device),
         )
 
+        self._version = version
+        if version >= 14:
+            self.cuda.Stream.from_external = self._adopted
+
     def _external(self, handle: int) -> Any:
+        assert self._version < 14, "ExternalStream is deprecated"
         self.streams_made += 1
         return _Current(self, "stream", handle)
+
+    def _adopted(self, stream: Any) -> Any:
+        self.streams_made += 1
+        protocol, handle = stream.__cuda_stream__()
+        assert protocol == 0
+        return _OfDevice(self, "stream", handle)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         if self.full:
@@ -59,9 +74,24 @@ class _Current:
         setattr(self.cupy, self.name, self.before.pop())
 
 
-@pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuPy]:
-    fake = FakeCuPy()
+class _OfDevice(_Current):
+    """A stream that may be used on the device where it was wrapped."""
+
+    def __init__(self, cupy: FakeCuPy, name: str, value: int) -> None:
+        super().__init__(cupy, name, value)
+        self.device = cupy.device
+
+    def __enter__(self) -> None:
+        if self.device != self.cupy.device:
+            raise RuntimeError("the stream is of another device")
+        super().__enter__()
+
+
+@pytest.fixture(params=[13, 14])
+def cupy(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[FakeCuPy]:
+    fake = FakeCuPy(request.param)
     monkeypatch.setattr(importlib, "import_module", {"cupy": fake}.__getitem__)
     new_arrays._maker.cache_clear()
     yield fake
