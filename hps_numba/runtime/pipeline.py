@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import CancelledError, Executor, Future, wait
 from time import perf_counter
 from typing import Protocol, TypeVar
 
+from hps_numba.errors import ClosedError, HPSError
 from hps_numba.runtime.hierarchy import Chunk, Hierarchy
 
 _T = TypeVar("_T")
@@ -70,6 +71,13 @@ class Pipeline:
             The chunks, and where each is asked for.
         blocks
             The memory that chunks share, if they do.
+
+        Raises
+        ------
+        TierError
+            If a tier fails and failures are to be raised.
+        ClosedError
+            If the workers were sent home meanwhile.
         """
         last = len(work) - 1
         flying: deque[tuple[int, Future[None]]] = deque()
@@ -77,7 +85,10 @@ class Pipeline:
         def land() -> None:
             """Wait for the oldest flight, which is in the queue until it is done."""
             number, future = flying[0]
-            future.result()
+            try:
+                future.result()
+            except CancelledError:
+                raise _closed() from None
             flying.popleft()
             self._give(blocks, number)
 
@@ -100,12 +111,15 @@ class Pipeline:
             while flying:
                 land()
         finally:
-            wait([future for _, future in flying])
+            # What has not begun need not; nobody would ever wake who waits for it.
+            wait([future for _, future in flying if not future.cancel()])
 
     def _fly(self, number: int, hierarchy: Hierarchy, chunk: Chunk) -> Future[None]:
-        return self._workers.submit(
-            self._stage, "remote", number, hierarchy.ask_remote, chunk
-        )
+        step = hierarchy.ask_remote
+        try:
+            return self._workers.submit(self._stage, "remote", number, step, chunk)
+        except RuntimeError as exc:
+            raise _closed() from exc
 
     def _give(self, blocks: Blocks | None, number: int) -> None:
         if blocks is not None:
@@ -120,3 +134,7 @@ class Pipeline:
         begin_s = perf_counter()
         step(given)
         self._observer(name, number, begin_s, perf_counter())
+
+
+def _closed() -> HPSError:
+    return ClosedError("the server was closed while the lookup was under way")

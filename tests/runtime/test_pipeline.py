@@ -4,11 +4,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hps_numba.errors import TierUnavailableError
+from hps_numba.errors import ClosedError, TierUnavailableError
 from hps_numba.runtime.hierarchy import Chunk, Hierarchy
 from hps_numba.runtime.pipeline import BUFFERS, Pipeline
 from hps_numba.tiers.host import HostTier
@@ -209,6 +210,52 @@ def test_an_error_waits_for_those_who_still_write(parts: Parts) -> None:
     running.join()
     assert len(raised) == 1
     assert sorted(chunk.done for chunk in chunks) == [False, True, True]
+
+
+class Submitting(ThreadPoolExecutor):
+    """One worker; tells how many tasks it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.given = threading.Semaphore(0)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        future = super().submit(*args, **kwargs)
+        self.given.release()
+        return future
+
+
+def test_workers_that_are_sent_home_leave_no_lookup_waiting(parts: Parts) -> None:
+    """As when a server closes while a tier hangs: some chunks are never begun."""
+    chunks = chunks_of(np.arange(4 * CHUNK_KEYS, dtype=np.int64))
+    parts.stops.arm("lower.fetch")
+    one = Submitting()
+    raised: list[str] = []
+
+    def run() -> None:
+        try:
+            Pipeline(one).run([(parts.table, chunk) for chunk in chunks])
+        except ClosedError as exc:
+            raised.append(str(exc))
+
+    running = threading.Thread(target=run, daemon=True)
+    running.start()
+    parts.stops.wait_held("lower.fetch", 1)
+    for _ in range(2):
+        assert one.given.acquire(timeout=30.0)
+    one.shutdown(wait=False, cancel_futures=True)
+    parts.stops.release("lower.fetch")
+    running.join(30.0)
+    assert not running.is_alive()
+    assert raised == ["the server was closed while the lookup was under way"]
+
+
+def test_without_workers_the_server_is_closed(parts: Parts) -> None:
+    parts.executor.shutdown()
+    with pytest.raises(ClosedError, match="the server was closed while the lookup"):
+        parts.pipeline().run(
+            [(parts.table, chunk) for chunk in chunks_of(random_keys(200))]
+        )
 
 
 def test_a_single_worker_is_enough(parts: Parts) -> None:
