@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             only=options.only,
             seconds=60 * options.minutes,
             ordinal=options.device,
+            alone=options.alone,
         )
 
 
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", type=int, default=0, help="number of the device")
     parser.add_argument(
         "--smoke", action="store_true", help="run everything once, tiny"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="do without PyTorch and CuPy"
     )
     parser.add_argument(
         "--report",

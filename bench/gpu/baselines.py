@@ -30,15 +30,23 @@ class DeviceArray:
 class Libraries:
     """PyTorch and CuPy, where they are installed.
 
+    Parameters
+    ----------
+    device
+        Where they work.
+    alone
+        Whether to do without them.
+
     Attributes
     ----------
     absent
         Why a library is not there, by its name.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, alone: bool = False) -> None:
         self.device = device
         self.absent: dict[str, str] = {}
+        self._alone = alone
         self.torch = self._imported("torch")
         self.cupy = self._imported("cupy")
 
@@ -48,6 +56,9 @@ class Libraries:
         return {name: str(m.__version__) for name, m in found.items() if m}
 
     def _imported(self, name: str) -> Any:
+        if self._alone:
+            self.absent[name] = "left out, as was asked"
+            return None
         try:
             return import_module(name)
         # A library that does not find its own parts raises more than ImportError.

@@ -102,7 +102,7 @@ def example(run: Run, path: Path) -> Iterator[Line]:
         check=False,
     )
     last = done.stdout.strip().rpartition("\n")[2]
-    if "ModuleNotFoundError" in last:
+    if "ModuleNotFoundError" in last or last.startswith("this example needs"):
         run.not_run[path.name] = last
         return
     assert not done.returncode, f"{path.name} ended with\n{done.stdout[-3000:]}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+from cuda import pathfinder
 
 from bench.gpu.kernels import fill_kernel, gather_kernel, has_words
 from hps_numba.kernels.cuda.cache import Cache
@@ -15,6 +18,17 @@ from hps_numba.kernels.cuda.cubins import CubinCache, default_directory
 from hps_numba.kernels.cuda.layout import CacheLayout, Policy, RowLayout, TableLayout
 
 Shape = tuple[RowLayout, Policy]
+
+
+def load_compilers() -> None:
+    """Load the compilers' libraries before another package brings its own.
+
+    A process uses those that came first, and finds only what the same ones compiled.
+    """
+    for name in ("nvvm", "nvJitLink"):
+        # Whoever compiles says what is missing.
+        with contextlib.suppress(RuntimeError):
+            pathfinder.load_nvidia_dynamic_lib(name)
 
 
 def compile_ahead(

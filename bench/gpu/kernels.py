@@ -22,6 +22,7 @@ from hps_numba.kernels.cuda.rows import gather_rows
 u32, u64 = np.uint32, np.uint64
 
 BLOCK = 128
+NAP_NS = 2000
 SECTOR_BYTES = 32
 SECTORS_A_THREAD = 8
 # Bits of a 4-byte word that differ between rows, and those that are always set, so that
@@ -103,6 +104,21 @@ def gather_kernel(rows: RowLayout) -> KernelSpec:
             copy(base, number, target, wanted, lane)
 
     return KernelSpec(f"gather_{rows.name}", gather, "UUUU", block=BLOCK)
+
+
+@cache
+def nap_kernel() -> KernelSpec:
+    """Return a kernel that keeps a stream busy without touching memory.
+
+    Launch   one warp
+    Reads    ``n_naps`` of about two microseconds
+    """
+
+    def nap(n_naps: Any) -> None:
+        for _ in range(n_naps):
+            cuda.nanosleep(u32(NAP_NS))
+
+    return KernelSpec("nap", nap, "U", block=32)
 
 
 def sector_of(n: Array) -> Array:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.gpu import checks, hosts, parts, sanitizer, served
 from bench.gpu.baselines import Libraries
+from bench.gpu.compiling import load_compilers
 from bench.gpu.device import Device
 from bench.gpu.plan import (
     CHECKS_S,
@@ -49,7 +50,15 @@ PARTS: dict[str, tuple[Part, float]] = {
 PACKAGES = ("numba-cuda", "cuda-core", "cuda-bindings")
 
 
-def run_all(*, out: Path, smoke: bool, only: str, seconds: float, ordinal: int) -> int:
+def run_all(
+    *,
+    out: Path,
+    smoke: bool,
+    only: str,
+    seconds: float,
+    ordinal: int,
+    alone: bool = False,
+) -> int:
     """Run the parts whose names have ``only`` in them; return 1 if one failed."""
     start = time.monotonic()
     try:
@@ -57,7 +66,9 @@ def run_all(*, out: Path, smoke: bool, only: str, seconds: float, ordinal: int) 
     except DeviceUnavailableError as exc:
         print(f"nothing was run: {exc}")
         return 1
-    run = _new_run(device, out, smoke=smoke, start=start, seconds=seconds)
+    load_compilers()
+    libraries = Libraries(device, alone=alone)
+    run = _new_run(libraries, out, smoke=smoke, start=start, seconds=seconds)
     chosen = {name: part for name, part in PARTS.items() if only in name}
     _print_plan(run, chosen)
     failed = [name for name in chosen if not _run_part(run, name, *chosen[name])]
@@ -71,9 +82,9 @@ def run_all(*, out: Path, smoke: bool, only: str, seconds: float, ordinal: int) 
 
 
 def _new_run(
-    device: Device, out: Path, *, smoke: bool, start: float, seconds: float
+    libraries: Libraries, out: Path, *, smoke: bool, start: float, seconds: float
 ) -> Run:
-    libraries = Libraries(device)
+    device = libraries.device
     versions = {"driver": device.driver_version, **libraries.versions()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -13,6 +13,7 @@ import pytest
 from bench import records
 from bench.gpu import compiling, parts, report, tables, timing, works
 from bench.gpu.__main__ import main
+from bench.gpu.baselines import Libraries
 from bench.gpu.device import Device
 from bench.gpu.kernels import BLOCK, fill_kernel, row_words
 from bench.gpu.plan import SMOKE_PLAN
@@ -142,6 +143,37 @@ def test_the_goal_is_the_fastest_gather(device: Device, tmp_path: Path) -> None:
     assert floors == {"gather kernel": None, "cupy.take": 0.9, "8 G/s": 1.0}
     medians = {r.against: r.median for r in line.ratios}
     assert medians == {"gather kernel": 1.5, "cupy.take": 0.5, "8 G/s": 0.5 / 8e9}
+
+
+def test_other_libraries_are_left_out_where_asked(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", Torch(device))
+    alone = Libraries(device, alone=True)
+    assert (alone.torch, alone.cupy) == (None, None)
+    assert alone.absent == dict.fromkeys(("torch", "cupy"), "left out, as was asked")
+    assert alone.versions() == {}
+
+
+def test_the_device_is_busy_while_the_host_queues_what_is_timed(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    launch, seconds = device.gpu.launcher.launch, device.seconds
+
+    def launched(spec: Any, *args: Any) -> None:
+        done.append(spec.name)
+        launch(spec, *args)
+
+    def timed(replay: Any) -> float:
+        done.append("clock")
+        return seconds(replay)
+
+    monkeypatch.setattr(device.gpu.launcher, "launch", launched)
+    monkeypatch.setattr(device, "seconds", timed)
+    work = timing.Work("nothing", lambda i: None, 2, 1, lambda: None)
+    found = timing.measure(device, [work], SMOKE_PLAN).timings["nothing"]
+    assert done == ["nap", "clock"] * (1 + len(found.calls))
 
 
 def test_what_cannot_be_captured_is_launched(device: Device) -> None:

@@ -29,6 +29,9 @@ def test_an_example_that_lacks_a_package_is_named(
     example.write_text("import surely_not_installed\n")
     assert list(checks.example(run, example)) == []
     assert "surely_not_installed" in run.not_run["gpu_example.py"]
+    example.write_text("import sys\nsys.exit('this example needs Such: pip it')\n")
+    assert list(checks.example(run, example)) == []
+    assert run.not_run["gpu_example.py"] == "this example needs Such: pip it"
     example.write_text("import bench.gpu\nassert False, 'it is wrong'\n")
     with pytest.raises(AssertionError, match="it is wrong"):
         list(checks.example(run, example))
@@ -67,17 +70,22 @@ os._exit(status)
 
 def test_the_sanitizer_is_believed(device: Device, tmp_path: Path) -> None:
     run = run_of(device, tmp_path)
-    (line,) = sanitizer.judged(run, "...\n===== ERROR SUMMARY: 0 errors\n", 0)
+    good = "...\nfailed: none\n===== ERROR SUMMARY: 0 errors\n"
+    (line,) = sanitizer.judged(run, good, 0)
     assert (line.median, line.unit) == (0, "errors")
     for output, status in (
         ("ERROR SUMMARY: 2 errors", 9),
-        ("ERROR SUMMARY: 0 errors", 1),
+        (good, 1),
+        ("ERROR SUMMARY: 0 errors", 0),  # nothing was run
     ):
         with pytest.raises(AssertionError, match=r"2 errors|the run failed"):
             list(sanitizer.judged(run, output, status))
     assert not run.not_run
     assert list(sanitizer.judged(run, "no debugger here", 255)) == []
     assert "no debugger here" in run.not_run["compute-sanitizer memcheck"]
+    refused = "========= Device not supported\n========= ERROR SUMMARY: 1 error\n"
+    assert list(sanitizer.judged(run, refused, 9)) == []
+    assert "not supported" in run.not_run["compute-sanitizer memcheck"]
 
 
 def test_the_sanitizer_watches_a_tiny_run(
@@ -88,12 +96,14 @@ def test_the_sanitizer_watches_a_tiny_run(
     assert list(sanitizer.memcheck(run)) == []
     assert run.not_run["compute-sanitizer memcheck"].endswith("is not on PATH")
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\necho "$@" >"$0.said"; echo "ERROR SUMMARY: 0 errors"\n')
+    said = 'echo "$@" >"$0.said"'
+    ends = 'echo "failed: none"; echo "ERROR SUMMARY: 0 errors"'
+    tool.write_text(f"#!/bin/sh\n{said}; {ends}\n")
     tool.chmod(0o755)
     assert [line.median for line in sanitizer.memcheck(run)] == [0]
     said = (tmp_path / "compute-sanitizer.said").read_text()
-    assert said.startswith("--tool memcheck --error-exitcode 9 ")
-    assert said.endswith("-m bench.gpu --smoke --only centre --device 0\n")
+    assert said.startswith("--tool memcheck --error-exitcode 9 --report-api-errors no ")
+    assert said.endswith("-m bench.gpu --smoke --only centre --alone --device 0\n")
 
 
 def test_checks_are_found_beside_another_package_of_tests(
