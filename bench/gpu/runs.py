@@ -128,7 +128,9 @@ def _run_part(run: Run, name: str, part: Part, planned_s: float) -> bool:
     # One part that fails is no reason to lose the others.
     except Exception as exc:
         traceback.print_exc(file=sys.stdout)
-        run.write(left_out("run", {name: f"failed: {type(exc).__name__}: {exc}"}))
+        run.not_run[name] = f"failed: {type(exc).__name__}: {exc}"
+        # Once more at the end; this one is there even if there is no end.
+        run.write(left_out("run", {name: run.not_run[name]}))
         return False
     took = time.monotonic() - start
     print(f"-- {name}: {took:.1f} s, {planned_s:.0f} s planned", flush=True)
