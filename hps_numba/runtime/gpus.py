@@ -146,15 +146,16 @@ class Gpus:
         if self._gpus:
             return None
         try:
-            from hps_numba.kernels.cuda.gpu import Gpu
-            from hps_numba.kernels.cuda.launch import DeviceUnavailableError
+            from hps_numba.kernels.cuda.launch import (
+                DeviceUnavailableError,
+                count_devices,
+            )
         except ImportError as exc:
             return f"{exc}; install hps-numba[cuda13] or hps-numba[cuda12]"
         try:
-            self._gpus[0] = Gpu(0)
+            return None if count_devices() else "the driver shows no device"
         except DeviceUnavailableError as exc:
             return str(exc)
-        return None
 
     def _do_without(self, params: InferenceParams, reason: str) -> None:
         if params.require_gpu:

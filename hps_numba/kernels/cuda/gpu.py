@@ -149,7 +149,8 @@ class Gpu:
 
     def drop_stream(self, stream: int) -> None:
         """Give a stream back that ``stream`` made; what is queued on it is done."""
-        checked(driver.cuStreamDestroy(stream), "stream")
+        # A device that has failed refuses, and has nothing left to give back.
+        driver.cuStreamDestroy(stream)
 
     def copy(self, target: int, source: int, n_bytes: int, stream: int) -> None:
         """Queue a copy between addresses of any kind.

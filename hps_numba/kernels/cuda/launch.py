@@ -242,14 +242,25 @@ class CudaLauncher:
             yield
 
 
-def _open(ordinal: int) -> Any:
+def count_devices() -> int:
+    """Return how many devices the driver shows; takes no memory on any of them.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        If there is no driver that can be used.
+    """
     try:
-        n_devices = len(Device.get_all_devices())
+        return len(Device.get_all_devices())
     # Each layer below has its own error for a driver that is missing or too old.
     except Exception as exc:
         raise DeviceUnavailableError(
             f"no CUDA driver on this machine, or none that can be used: {exc}"
         ) from exc
+
+
+def _open(ordinal: int) -> Any:
+    n_devices = count_devices()
     if not 0 <= ordinal < n_devices:
         raise DeviceUnavailableError(
             f"no CUDA device {ordinal}: the driver shows {n_devices}"

@@ -183,9 +183,10 @@ class Lane:
         self._in_use = False
 
     def close(self) -> None:
-        """Wait for the device, and give everything back."""
+        """Wait for the device, and give everything back, even if it has failed."""
         if self._in_use:
-            self._done.wait()
+            with suppress(LaunchError):
+                self._done.wait()
         self.rest(self.stream)
         for group in self.groups:
             group.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.cache import Cache
 from hps_numba.kernels.cuda.gpu import Block, Gpu
+from hps_numba.kernels.cuda.launch import LaunchError
 from hps_numba.kernels.cuda.layout import DUMP_BYTES, DUMPED, DUMPED_BUSY, WAYS
 from hps_numba.runtime.gpu.lane_layout import StagingLayout
 from hps_numba.runtime.gpu.staging import Staged, Staging
@@ -58,6 +60,9 @@ class Writer:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc is not None:
+            # Whatever came of the write: the next one may use the block.
+            self._rest()
         self._lock.release()
 
     def send(
@@ -105,10 +110,15 @@ class Writer:
         return keys[:n], n_busy
 
     def close(self) -> None:
-        """Wait for the last write, and give everything back."""
+        """Wait for the last write, and give everything back, even after a failure."""
         with self:
             self._closed = True
-            self._gpu.wait(self._stream)
+            self._rest()
             self._staging.close()
             self._counts.close()
             self._gpu.drop_stream(self._stream)
+
+    def _rest(self) -> None:
+        """Wait until the device is done with the block."""
+        with suppress(LaunchError):
+            self._gpu.wait(self._stream)

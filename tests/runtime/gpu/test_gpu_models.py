@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hps_numba.errors import ClosedError, ConfigError, DeviceError, UnknownTableError
+from hps_numba.errors import (
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    UnknownTableError,
+    UpdateError,
+)
+from hps_numba.kernels.cuda import gpu as gpu_module
 from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.kernels.cuda.layout import WAYS
 from hps_numba.kernels.host.hashing import hash_key
@@ -32,6 +40,7 @@ from tests.runtime.gpu.cached import (
     table_cache,
 )
 from tests.runtime.gpu.gpu_servers import gpu_server
+from tests.support import fakegpu
 
 pytestmark = pytest.mark.device
 
@@ -386,6 +395,28 @@ class TestMemory:
             assert versions(server, USERS.keys, 0, "dcn") == [2] * 60
             assert versions(server, ITEMS.keys) == [1] * 300
 
+    def test_a_device_that_failed_keeps_nothing_open(
+        self, tmp_path: Path, meter: Meter
+    ) -> None:
+        fake = fakegpu.current()
+        if fake is None:
+            pytest.skip("only the stand-in survives what fails it")
+        server = gpu_server(tmp_path, [ITEMS])
+        session = server.session("wdl")
+        session.lookup("items", ITEMS.keys[:40])
+        fake.failure = ValueError("out of bounds")
+        try:
+            with pytest.raises(DeviceError, match="model 'wdl': "):
+                session.lookup("items", ITEMS.keys[:40])
+            with pytest.raises(UpdateError, match="items, gpu:0: a write: "):
+                server.update("wdl", "items", [1], versioned_rows([1], 9, 4))
+            server.close()
+        finally:
+            fake.failure = None
+        assert meter.settled() == NOTHING
+        with gpu_server(tmp_path, [ITEMS], write=False) as server:
+            assert versions(server, [1, 2]) == [9, 1]
+
 
 class TestDevices:
     def test_a_device_that_is_not_there_is_refused(
@@ -405,6 +436,20 @@ class TestDevices:
             with pytest.raises(UnknownTableError, match=r"not deployed to device 0"):
                 server.session("wdl")
 
+    def test_other_devices_are_left_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_devices: list[int]
+    ) -> None:
+        opened: list[int] = []
+
+        class Seen(Gpu):
+            def __init__(self, ordinal: int) -> None:
+                opened.append(ordinal)
+                super().__init__(ordinal)
+
+        monkeypatch.setattr(gpu_module, "Gpu", Seen)
+        with gpu_server(tmp_path, [ITEMS], deployed_devices=[1]):
+            assert opened == [1]
+
     def test_a_write_that_comes_after_the_close_touches_no_memory(
         self, tmp_path: Path, meter: Meter
     ) -> None:
@@ -421,3 +466,27 @@ class TestDevices:
         ):
             with pytest.raises(ClosedError, match="the GPU cache is closed"):
                 call()
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_a_write_that_is_interrupted_leaves_the_next_one_its_rows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    ) -> None:
+        fake = fakegpu.current()
+        if fake is not None:
+            fake.reseed(seed)
+        with gpu_server(tmp_path, [ITEMS], **ALL) as server:
+            cache = table_cache(server, "items")
+            kernels, update = cache.group.cache, cache.group.cache.update
+
+            def interrupted(*args: Any, **kwargs: Any) -> None:
+                update(*args, **kwargs)
+                raise KeyboardInterrupt
+
+            first = ITEMS.keys[:2], versioned_rows(ITEMS.keys[:2], 8, 4)
+            monkeypatch.setattr(kernels, "update", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.update(*first)
+            monkeypatch.setattr(kernels, "update", update)
+            cache.update(ITEMS.keys[2:4], versioned_rows(ITEMS.keys[2:4], 9, 4))
+            held = cached_versions(server, "items")
+            assert [held[key] for key in range(5)] == [8, 8, 9, 9, 1]
