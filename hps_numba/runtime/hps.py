@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +24,7 @@ from hps_numba.runtime.loading import LoadProgress
 from hps_numba.runtime.models import ModelSet, server_closed
 from hps_numba.runtime.pipeline import Observer, Pipeline
 from hps_numba.runtime.session import LookupSession
-from hps_numba.runtime.stats import ServerStats
+from hps_numba.runtime.stats import ServerStats, TableStats
 from hps_numba.runtime.stores import open_stores
 from hps_numba.tiers.base import Tier
 from hps_numba.types import Keys, Mask, TableSpec
@@ -298,9 +298,14 @@ class HPS:
 
     def stats(self) -> ServerStats:
         """Return counters of every table, since it was opened."""
+        tables: list[TableStats] = []
         with self._gate:
+            for served in self._models.served:
+                # Unless it was removed meanwhile.
+                with suppress(UnknownTableError), served.gate:
+                    tables += [table.stats() for table in served.tables]
             return ServerStats(
-                tables=tuple(t.stats() for m in self._models.served for t in m.tables),
+                tables=tuple(tables),
                 backfill=self._backfills.stats(),
                 deferred=self._gpus.stats(),
             )

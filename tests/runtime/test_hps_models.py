@@ -41,6 +41,16 @@ class TestModels:
             session.lookup(0, [1])
         assert versions(server, [1, 2]) == [1, 1]
 
+    def test_statistics_leave_out_a_model_that_is_being_removed(
+        self, server: HPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        models = server._models
+        server.add_model(model(tmp_path, [ITEMS], name="dcn"))
+        with_both = models.served
+        monkeypatch.setattr(type(models), "served", property(lambda _: with_both))
+        server.remove_model("dcn")
+        assert {table.model for table in server.stats().tables} == {"wdl"}
+
     def test_a_removed_model_resumes_when_it_is_added_again(
         self, server: HPS, tmp_path: Path
     ) -> None:

@@ -34,6 +34,15 @@ def device_of(address: int) -> int | None:
     return None if status else int(ordinal)
 
 
+def device_of_stream(stream: int) -> int | None:
+    """Return the device of a stream, or None where the driver does not tell."""
+    try:
+        status, ordinal = driver.cuStreamGetDevice(stream)
+    except RuntimeError:
+        return None  # The driver is older than CUDA 12.8.
+    return None if status else int(ordinal)
+
+
 def import_dlpack(array: Any, stream: int) -> Any:
     """Return address, shape, strides and dtype of an array that speaks DLPack.
 

@@ -72,7 +72,7 @@ class CudaLauncher:
     Raises
     ------
     DeviceUnavailableError
-        If there is no CUDA driver or no such device.
+        If there is no CUDA driver, or no such device, or it cannot be used.
 
     Notes
     -----
@@ -83,7 +83,13 @@ class CudaLauncher:
     def __init__(self, device: int = 0, *, cubins: CubinCache | None = None) -> None:
         self.device = _open(device)
         with _restored_context():
-            self.device.set_current()
+            try:
+                self.device.set_current()
+            # As of a device that another process has for itself, or that is full.
+            except Exception as exc:
+                raise DeviceUnavailableError(
+                    f"CUDA device {device} cannot be used: {exc}"
+                ) from exc
             self._context = int(checked(driver.cuCtxGetCurrent(), "device"))
         self.cc: tuple[int, int] = tuple(self.device.compute_capability)
         self._cubins = cubins or CubinCache(default_directory())

@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 from typing import Any
 
+from hps_numba.kernels.cuda.interchange import device_of_stream, n_devices
 from hps_numba.kernels.cuda.launch import stream_handle
 from hps_numba.runtime.backfill import BackfillQueue
+from hps_numba.runtime.gpu.arrays import THREAD_STREAM
 from hps_numba.runtime.gpu.cache import GpuCache
 from hps_numba.runtime.gpu.deferred import DeferredInsert
 from hps_numba.runtime.gpu.errors import device_errors
@@ -64,6 +66,8 @@ class GpuPath:
         begin_ns = perf_counter_ns()
         cache = self._cache
         handle = stream if isinstance(stream, int) else stream_handle(stream)
+        if handle > THREAD_STREAM and n_devices() > 1:
+            self._check_stream(handle)
         with self._errors:
             parts = [
                 Part(
@@ -91,6 +95,15 @@ class GpuPath:
         tables = {name: self._model.table(name) for name in sizes}
         gate = self._model.gate
         return PreparedLookup(self._cache, tables, sizes, self._pipeline, gate)
+
+    def _check_stream(self, stream: int) -> None:
+        """Refuse a stream of another device, whose kernels cannot reach the cache."""
+        ordinal, mine = device_of_stream(stream), self._cache.gpu.ordinal
+        if ordinal not in (None, mine):
+            raise ValueError(
+                f"model {self._model.name!r}: the stream is of device {ordinal}, the "
+                f"session of {mine}"
+            )
 
     def _run(self, queries: list[GroupQuery], lane: Lane, stream: int) -> None:
         lane.begin(stream)

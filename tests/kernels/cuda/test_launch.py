@@ -16,7 +16,7 @@ from cuda.bindings import driver
 from cuda.core import Device
 from numba import cuda
 
-from hps_numba.kernels.cuda import ptx
+from hps_numba.kernels.cuda import launch, ptx
 from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.cubins import CubinCache
 from hps_numba.kernels.cuda.launch import (
@@ -390,6 +390,17 @@ def test_a_device_that_is_not_there_is_named() -> None:
         CudaLauncher(99)
     with pytest.raises(DeviceUnavailableError, match="no CUDA device -1"):
         CudaLauncher(-1)
+
+
+def test_a_device_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Taken:
+        def set_current(self) -> None:
+            raise RuntimeError("CUDA_ERROR_DEVICE_UNAVAILABLE")
+
+    monkeypatch.setattr(launch, "_open", lambda ordinal: Taken())
+    message = "CUDA device 0 cannot be used: CUDA_ERROR_DEVICE_UNAVAILABLE"
+    with pytest.raises(DeviceUnavailableError, match=message):
+        CudaLauncher(0)
 
 
 def test_a_failed_device_is_reported_by_the_next_launch(tmp_path: Path) -> None:

@@ -357,6 +357,17 @@ class TestTwoDevices:
                 session.lookup("items", [1, 2], out=out.array)
             assert out.untouched()
 
+    def test_streams_of_the_other_device_are_refused(self, two: HPS) -> None:
+        for device in (0, 1):
+            session = two.session("wdl", device)
+            with streams(Gpu(device), 1) as mine, streams(Gpu(1 - device), 1) as theirs:
+                rows = session.lookup("items", [1, 2], stream=mine[0])
+                got = downloaded(Gpu(device), rows, mine[0])
+                assert np.array_equal(got, rows_for(ITEMS, [1, 2]))
+                message = f"'wdl': the stream is of device {1 - device}, the session of"
+                with pytest.raises(ValueError, match=f"{message} {device}"):
+                    session.lookup("items", [1, 2], stream=theirs[0])
+
     def test_lookups_of_one_device_leave_the_other_ones_cache(self, two: HPS) -> None:
         def rows_cached() -> list[int]:
             return [use.rows for use in two.stats().table("wdl", "users").tiers[:2]]
