@@ -23,11 +23,11 @@ Shape = tuple[RowLayout, Policy]
 def load_compilers() -> None:
     """Load the compilers' libraries before another package brings its own.
 
-    A process uses those that came first, and finds only what the same ones compiled.
+    A process uses those that came first.
     """
     for name in ("nvvm", "nvJitLink"):
         # Whoever compiles says what is missing.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OSError):
             pathfinder.load_nvidia_dynamic_lib(name)
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from cuda import pathfinder
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
 from numba.core import errors as numba_errors
@@ -38,6 +39,7 @@ _ENVIRONMENT = re.compile(r"^\.common .*NumbaEnv.*\n", re.MULTILINE)
 _WARNINGS = (numba_errors.NumbaWarning, cuda_errors.NumbaWarning)
 _REFUSALS = (
     numba_errors.NumbaError,
+    ImportError,  # of NVVM, where it is not installed
     NotImplementedError,
     RuntimeError,
     TypeError,
@@ -47,6 +49,10 @@ _PINS = (
     "install the extra hps-numba[cuda13] or hps-numba[cuda12], which pins NVVM and "
     "nvJitLink to one CUDA release"
 )
+
+
+# Signs of libraries of two releases, or of the driver's linker in nvJitLink's place.
+_MISFITS = ("nsupported .version", "not supported by the driver API")
 
 
 class KernelCompileError(RuntimeError):
@@ -190,7 +196,7 @@ def compile_ptx(spec: KernelSpec, cc: ComputeCapability) -> str:
                 launch_bounds=spec.block,
             )
         except _REFUSALS as exc:
-            raise KernelCompileError(f"{_what(spec, cc)}: {exc}") from exc
+            raise KernelCompileError(f"{_what(spec, cc)}: {_told(exc)}") from exc
     entries = _ENTRY.findall(text)
     if len(entries) != 1:
         raise KernelCompileError(f"{_what(spec, cc)}: entries in its PTX: {entries}")
@@ -232,9 +238,7 @@ def link(spec: KernelSpec, ptx: str, cc: ComputeCapability) -> Cubin:
         log = linker.get_info_log()
     # The linker's library, its absence and the driver's linker raise each their own.
     except Exception as exc:
-        hint = f"; {_PINS}" if "nsupported .version" in str(exc) else ""
-        reason = str(exc).rstrip("\n\0")
-        raise KernelCompileError(f"{_what(spec, cc)}: {reason}{hint}") from exc
+        raise KernelCompileError(f"{_what(spec, cc)}: {_told(exc)}") from exc
     # How long it took would make two equal cubins differ.
     lines = log.rstrip("\n\0").splitlines()
     kept = [line for line in lines if "Compile time" not in line]
@@ -243,3 +247,12 @@ def link(spec: KernelSpec, ptx: str, cc: ComputeCapability) -> Cubin:
 
 def _what(spec: KernelSpec, cc: ComputeCapability) -> str:
     return f"kernel {spec.name} for compute capability {cc[0]}.{cc[1]}"
+
+
+def _told(exc: Exception) -> str:
+    """Return the reason of a failure, and what to install if that is it."""
+    reason = str(exc).rstrip("\n\0")
+    missing = isinstance(exc, (pathfinder.DynamicLibNotFoundError, ImportError))
+    if missing or any(sign in reason for sign in _MISFITS):
+        return f"{reason}; {_PINS}"
+    return reason

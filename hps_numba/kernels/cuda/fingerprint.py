@@ -26,17 +26,13 @@ from numba.cuda.types import Type as CudaType
 from hps_numba.kernels.cuda.compiling import ComputeCapability, KernelSpec
 
 _SOURCES = Path(__file__).parent
-_DISTRIBUTIONS = (
-    "cuda-core",
-    "llvmlite",
-    "numba",
-    "numba-cuda",
-    "nvidia-cuda-nvcc-cu12",
-    "nvidia-nvjitlink",
-    "nvidia-nvjitlink-cu12",
-    "nvidia-nvvm",
-)
-_LIBRARIES = ("nvvm", "nvJitLink")
+_DISTRIBUTIONS = ("cuda-core", "llvmlite", "numba", "numba-cuda")
+# Libraries of the compilers, and the packages that may bring them.
+_LIBRARIES = {
+    "nvvm": ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"),
+    "nvJitLink": ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"),
+}
+_NONE = "none"
 
 
 class UnknownConstantError(TypeError):
@@ -64,21 +60,32 @@ def _environment() -> str:
     """Return the versions and the sources, which do not change in a process."""
     parts = [f"python {sys.version_info[0]}.{sys.version_info[1]}"]
     parts += [f"{name} {_version(name)}" for name in _DISTRIBUTIONS]
-    for name in _LIBRARIES:
-        # A toolkit that pip did not install has no version to ask for.
-        path = pathfinder.load_nvidia_dynamic_lib(name).abs_path
-        size = Path(path).stat().st_size if path else None
-        parts.append(f"{name} {size}")
+    parts += [f"{name} {_library(name)}" for name in _LIBRARIES]
     sources = [*_SOURCES.glob("*.py"), _SOURCES.parent / "host" / "hashing.py"]
     parts += [f"{source.name} {_file_digest(source)}" for source in sorted(sources)]
     return "\n".join(parts)
+
+
+def _library(name: str) -> str:
+    """Return the versions of a library's packages, or which file it is."""
+    # Not by what is loaded: other packages load theirs, before a kernel or after it.
+    versions = [f"{package} {_version(package)}" for package in _LIBRARIES[name]]
+    if not all(version.endswith(_NONE) for version in versions):
+        return ", ".join(versions)
+    try:
+        path = pathfinder.load_nvidia_dynamic_lib(name).abs_path
+        # A toolkit that pip did not install has no version to ask for.
+        return f"{path} {Path(path).stat().st_size}" if path else _NONE
+    # Who compiles says that it is missing.
+    except (RuntimeError, OSError):
+        return _NONE
 
 
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "none"
+        return _NONE
 
 
 @cache

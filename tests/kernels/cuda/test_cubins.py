@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda import pathfinder
 from numba import cuda
 
 from hps_numba.kernels.cuda import compiling, cubins, fingerprint, ptx
@@ -115,6 +118,86 @@ def test_a_change_of_the_code_or_of_a_compiler_makes_another_fingerprint(
     assert digest(one) == before
     monkeypatch.setattr(fingerprint, "_environment", lambda: "numba-cuda 99")
     assert digest(one) != before
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What fingerprints say of versions, given those of packages and the libraries."""
+
+    def found(versions: dict[str, str], load: Callable[[str], Any] = absent) -> str:
+        def version(name: str) -> str:
+            if name not in versions:
+                raise metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
+        return fingerprint._environment.__wrapped__()
+
+    return found
+
+
+def absent(name: str) -> Any:
+    raise pathfinder.DynamicLibNotFoundError(f"no {name}")
+
+
+def test_compilers_that_pip_installed_are_told_by_version_and_never_loaded(
+    environment: Callable[..., str],
+) -> None:
+    def loaded(name: str) -> Any:
+        raise AssertionError(f"{name} was loaded")
+
+    installed = {"nvidia-nvvm": "13.0.88", "nvidia-nvjitlink-cu12": "12.8.93"}
+    before = environment(installed, loaded)
+    assert "nvidia-nvvm 13.0.88" in before
+    assert "nvidia-nvjitlink-cu12 12.8.93" in before
+    for name in installed:
+        assert environment({**installed, name: "13.1"}, loaded) != before
+    assert environment(installed, loaded) == before
+
+
+def test_compilers_of_a_toolkit_are_told_by_their_files(
+    environment: Callable[..., str], tmp_path: Path
+) -> None:
+    def load(name: str) -> Any:
+        return SimpleNamespace(abs_path=str(tmp_path / name))
+
+    for name in ("nvvm", "nvJitLink"):
+        (tmp_path / name).write_bytes(b"1")
+    before = environment({}, load)
+    assert environment({}, load) == before
+    (tmp_path / "nvJitLink").write_bytes(b"12")
+    assert environment({}, load) != before
+
+
+def test_compilers_that_are_missing_have_a_fingerprint_too(
+    environment: Callable[..., str],
+) -> None:
+    def broken(name: str) -> Any:
+        raise ChildProcessError(f"asking for {name} failed")
+
+    assert "\nnvvm none\nnvJitLink none\n" in environment({})
+    assert environment({}, broken) == environment({})
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "said"),
+    [
+        ("cuda", pathfinder.DynamicLibNotFoundError("no libnvvm"), "no libnvvm"),
+        ("cuda", ImportError("libNVVM is not available"), "libNVVM is not"),
+        ("Linker", ValueError("x is not supported by the driver API"), "driver API"),
+    ],
+)
+def test_a_kernel_without_its_compiler_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, failing: str, error: Exception, said: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    fake = SimpleNamespace(compile=fails) if failing == "cuda" else fails
+    monkeypatch.setattr(compiling, failing, fake)
+    with pytest.raises(KernelCompileError, match=rf"{said}.*hps-numba\[cuda13\]"):
+        compiling.compile_cubin(add_spec(), CC)
 
 
 def test_the_fingerprint_reaches_constants_of_device_functions_and_globals(
