@@ -9,7 +9,7 @@ BACKFILL = BackfillStats(0, 0, 0, 0)
 
 
 def table_stats(model: str, name: str) -> TableStats:
-    return TableStats(model, name, *[0] * 9, Latency(0, 0, 0, 0, 0), ())
+    return TableStats(model, name, *[0] * 10, Latency(0, 0, 0, 0, 0), ())
 
 
 def test_a_load_is_timed_from_its_first_to_its_last_step() -> None:
