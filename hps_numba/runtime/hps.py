@@ -215,6 +215,8 @@ class HPS:
         """Read rows that upper tiers and GPU caches hold again from below.
 
         For a database that was changed beneath this server; its own updates need none.
+        A lookup that read a row before the change may still bring it to a cache after
+        the refresh, unless ``keys`` names it.
 
         Parameters
         ----------

@@ -88,7 +88,8 @@ class GpuCache:
             needed = dict.fromkeys(
                 spec
                 for group in self.groups
-                for spec in group.cache.kernels(every_one=False)
+                for cache in (group.cache, group.stored)
+                for spec in cache.kernels(every_one=False)
             )
             gpu.launcher.warm_up(needed, progress)
             made.pop_all()

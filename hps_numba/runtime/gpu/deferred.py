@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import monotonic
 
 from hps_numba.runtime.gpu.table_cache import TableCache
 from hps_numba.runtime.hierarchy import Hierarchy
@@ -16,6 +17,7 @@ class DeferredInsert:
     cache: TableCache
     table: Hierarchy
     keys: Keys
+    asked_s: float = field(default_factory=monotonic)
 
     @property
     def tag(self) -> str:
@@ -28,11 +30,17 @@ class DeferredInsert:
         return self.keys.nbytes
 
     def store(self) -> int:
-        """Fetch the rows and insert them; return how many were inserted."""
-        stored, step = 0, self.cache.block_rows
-        for low in range(0, self.keys.size, step):
-            keys = self.keys[low : low + step]
+        """Fetch the rows and insert them; return how many keys were brought.
+
+        Those count that were brought for another lookup since this one missed them.
+        """
+        recent, step = self.cache.recent, self.cache.block_rows
+        left = self.keys[~recent.since(self.keys, self.asked_s)]
+        stored = self.keys.size - left.size
+        for low in range(0, left.size, step):
+            keys, now_s = left[low : low + step], monotonic()
             epoch = self.cache.epoch
             rows, found = self.table.fetch(keys)
             stored += self.cache.insert(keys[found], rows[found], epoch)
+            recent.note(keys[found], now_s)
         return stored

@@ -216,7 +216,7 @@ class LanePool:
     def take(self) -> Lane:
         """Return a free lane, once there is one; ``give_back`` it in any case."""
         lane = self._free.get()
-        if lane is None:
+        if lane is None or not self._n_lanes:
             self._free.put(None)
             raise ClosedError("the GPU cache is closed")
         return lane

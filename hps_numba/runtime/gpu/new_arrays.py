@@ -51,7 +51,9 @@ def new_array(
 def _maker() -> _Maker:
     try:
         cupy = importlib.import_module("cupy")
-    except ImportError as exc:
+        cupy.cuda.runtime.getDevice()
+    # Of another CUDA it may be there and of no use, with errors of its own.
+    except Exception as exc:
         logger.info("arrays=DeviceArray reason=%s", exc)
         return _own
     return cupy_maker(cupy)

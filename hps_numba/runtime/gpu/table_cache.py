@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hps_numba.errors import CacheError
+from hps_numba.errors import CacheError, DeviceError
 from hps_numba.kernels.cuda.cache import Cache
 from hps_numba.kernels.cuda.gpu import Block, Gpu
 from hps_numba.kernels.cuda.layout import (
@@ -27,10 +28,13 @@ from hps_numba.kernels.cuda.layout import (
     Outcome,
 )
 from hps_numba.runtime.gpu.errors import device_errors
+from hps_numba.runtime.gpu.recent import Recent
 from hps_numba.runtime.gpu.sizing import GroupPlan
 from hps_numba.runtime.gpu.writer import Writer
 from hps_numba.runtime.stats import TierUse
 from hps_numba.types import Keys, Rows
+
+logger = logging.getLogger(__name__)
 
 _STORED = (Outcome.REPLACED, Outcome.INSERTED, Outcome.EVICTED)
 _PATIENCE_S = 10.0  # for sets that are held by others
@@ -119,6 +123,7 @@ class TableCache:
         self._gpu = gpu
         self._writer = writer
         self._epoch = 0
+        self.recent = Recent()  # of the thread that brings deferred keys
 
     @property
     def epoch(self) -> int:
@@ -236,8 +241,12 @@ class TableCache:
         return self._writer.n_rows // WAYS
 
     def use(self) -> TierUse:
-        """Return the device's counters as a tier's."""
-        totals = self.totals()
+        """Return the device's counters as a tier's; zeros if the device fails."""
+        try:
+            totals = self.totals()
+        except DeviceError as exc:  # the tiers below have theirs still
+            logger.warning("%s", exc)
+            totals = CacheTotals(0, 0, 0, 0, 0, 0, 0)
         return TierUse(
             tier=self.name,
             asked=totals.hits + totals.misses,

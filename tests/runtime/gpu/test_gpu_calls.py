@@ -225,6 +225,16 @@ def test_a_lookup_that_hangs_keeps_its_memory_and_lets_others_close(
         cache.lanes.take()
 
 
+def test_rows_as_they_are_stored_need_no_kernel_that_is_compiled_later(
+    server: HPS, gpu: Gpu
+) -> None:
+    launcher = server.session("wdl")._path._cache.gpu.launcher  # type: ignore[attr-defined]
+    before = set(launcher._loaded)
+    out = Guarded(gpu, (3, COLOURS.dim), np.float16)
+    server.session("wdl").lookup("colours", [1, 2, 10_000], out=out.array)
+    assert set(launcher._loaded) == before
+
+
 class Late(Lent):
     """Keys that are on their way to the device on a stream of their owner's."""
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hps_numba.errors import ClosedError
+from hps_numba.errors import ClosedError, DeviceError
 from hps_numba.kernels.cuda.gpu import Gpu
+from hps_numba.runtime.gpu.deferred import DeferredInsert
+from hps_numba.runtime.gpu.table_cache import TableCache
 from hps_numba.runtime.hps import HPS
 from hps_numba.runtime.session import LookupSession
 from tests.runtime.deployments import Table, Wraps
@@ -305,3 +307,36 @@ class TestThreads:
         assert all(job.result() >= 0 for job in jobs)
         with pytest.raises(ClosedError):
             session.lookup("items", uploaded(gpu, [1]))
+
+
+def test_keys_that_several_lookups_miss_are_fetched_once(tmp_path: Path) -> None:
+    with partly_cached(tmp_path, 0.1) as server:
+        cache = server._models["wdl"].caches[0].tables["hps_et.wdl.items"]
+        table = server._models["wdl"].table("items")
+        keys = np.arange(40)
+        jobs = [DeferredInsert(cache, table, keys[:n].copy()) for n in (30, 40, 20)]
+        asked = server.stats().table("wdl", "items").tiers[1].asked
+        assert [job.store() for job in jobs] == [30, 40, 20]
+        asked = server.stats().table("wdl", "items").tiers[1].asked - asked
+        assert asked == 40
+        # Whoever asks later may have to be brought them again.
+        server.delete("wdl", "items", keys[:5])
+        server.update("wdl", "items", keys[:5], ITEMS.rows[:5])
+        assert DeferredInsert(cache, table, keys[:5].copy()).store() == 5
+        rows = server.session("wdl").lookup("items", keys)
+        assert (rows == ITEMS.rows[:40]).all()
+
+
+def test_a_device_that_fails_leaves_the_other_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: TableCache) -> None:
+        raise DeviceError("the device is lost")
+
+    with gpu_server(tmp_path, [ITEMS]) as server:
+        server.session("wdl").lookup("items", np.arange(10))
+        monkeypatch.setattr(TableCache, "totals", fail)
+        cache, host, *_ = server.stats().table("wdl", "items").tiers
+    assert (cache.tier, cache.asked, cache.rows) == ("gpu:0", 0, 0)
+    assert host.rows == len(ITEMS.keys)
+    assert "the device is lost" in caplog.text
