@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.gpu.plan import Run
 from bench.gpu.records import Line, counted
+from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.kernels.cuda.layout import Policy, RowLayout
 
 ROOT = Path(__file__).parents[2]
@@ -85,28 +86,57 @@ def interop(run: Run) -> Iterator[Line]:
     if run.smoke:
         run.not_run["examples"] = "a smoke run leaves them out"
         return
-    for path in run.within("examples", sorted((ROOT / "examples").glob("gpu_*.py"))):
-        yield from example(run, path)
+    yield from examples(run, sorted((ROOT / "examples").glob("gpu_*.py")))
+
+
+def examples(run: Run, paths: Iterable[Path]) -> Iterator[Line]:
+    """Run examples while there is time; fail after the last of them if one failed."""
+    failures = []
+    for path in paths:
+        if run.checks_left() <= 0:
+            run.not_run[path.name] = "no time left"
+            continue
+        try:
+            yield from example(run, path)
+        except AssertionError as exc:
+            failures.append(str(exc))
+    assert not failures, "\n".join(failures)
 
 
 def example(run: Run, path: Path) -> Iterator[Line]:
     """Run an example; leave it out if it asks for what is not installed."""
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=EXAMPLE_S,
-        check=False,
-    )
+    limit_s = min(EXAMPLE_S, max(1.0, run.checks_left()))
+    try:
+        done = _outcome(path, limit_s)
+    except subprocess.TimeoutExpired as exc:
+        if limit_s < EXAMPLE_S:
+            run.not_run[path.name] = f"no time left after {limit_s:.0f} s"
+            return
+        # Even of a program that writes text, this is in bytes.
+        said = exc.stdout or b""
+        text = said if isinstance(said, str) else said.decode(errors="replace")
+        raise AssertionError(
+            f"{path.name} did not end in {limit_s:g} s\n{text[-3000:]}"
+        ) from exc
     last = done.stdout.strip().rpartition("\n")[2]
     if "ModuleNotFoundError" in last or last.startswith("this example needs"):
         run.not_run[path.name] = last
         return
     assert not done.returncode, f"{path.name} ended with\n{done.stdout[-3000:]}"
     yield counted("checks", path.name, done.stdout.count("\n"), "lines printed")
+
+
+def _outcome(path: Path, limit_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )
 
 
 def _arrays(run: Run) -> Iterator[Line]:
@@ -120,8 +150,9 @@ def _arrays(run: Run) -> Iterator[Line]:
         except ImportError as exc:
             run.not_run[f"interop, {name}"] = f"{type(exc).__name__}: {exc}"
             continue
-        check: Callable[[], int] = getattr(checked, f"check_{name}")
-        yield counted("checks", f"arrays of {name}", check(), "checks")
+        check: Callable[[Gpu], int] = getattr(checked, f"check_{name}")
+        n = check(run.device.gpu)
+        yield counted("checks", f"arrays of {name}", n, "checks")
 
 
 def check_shapes() -> Iterator[tuple[RowLayout, Policy]]:

@@ -1,4 +1,4 @@
-"""One run of everything: checks first, then benchmarks, then goals."""
+"""One run of everything: checks, benchmarks, the sanitizer, and then goals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ PARTS: dict[str, tuple[Part, float]] = {
     "races": (checks.races, 30),
     "large tables": (checks.large_tables, 80),
     "interop": (checks.interop, 20),
-    "sanitizer": (sanitizer.memcheck, 40),
     "memory": (parts.memory, 5),
     "small calls": (hosts.small_calls, 10),
     "centre": (parts.centre, 50),
@@ -46,6 +45,8 @@ PARTS: dict[str, tuple[Part, float]] = {
     "loads": (parts.loads, 20),
     "many tables": (hosts.many_tables, 10),
     "served": (served.small_calls, 30),
+    # Takes what time is left, and so comes after what needs it.
+    "sanitizer": (sanitizer.memcheck, 40),
 }
 PACKAGES = ("numba-cuda", "cuda-core", "cuda-bindings")
 

@@ -10,7 +10,14 @@ from bench.gpu.plan import SMOKE, SMOKE_PLAN, Run
 from bench.gpu.records import Sink
 
 
-def run_of(device: Device, folder: Path, *, seconds: float = 60.0) -> Run:
+def run_of(
+    device: Device,
+    folder: Path,
+    *,
+    seconds: float = 60.0,
+    check_seconds: float | None = None,
+) -> Run:
+    for_checks = seconds if check_seconds is None else check_seconds
     return Run(
         device,
         Libraries(device),
@@ -20,5 +27,5 @@ def run_of(device: Device, folder: Path, *, seconds: float = 60.0) -> Run:
         Sink(folder, "smoke", gpu=device.name, versions={}),
         True,
         lambda: seconds,
-        lambda: seconds,
+        lambda: for_checks,
     )

@@ -13,6 +13,7 @@ import pytest
 from bench import records
 from bench.gpu import checks, sanitizer
 from bench.gpu.device import Device
+from bench.gpu.runs import PARTS
 from tests.bench.gpu_runs import run_of
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("cubins")]
@@ -35,6 +36,38 @@ def test_an_example_that_lacks_a_package_is_named(
     example.write_text("import bench.gpu\nassert False, 'it is wrong'\n")
     with pytest.raises(AssertionError, match="it is wrong"):
         list(checks.example(run, example))
+
+
+def test_an_example_that_hangs_is_named_and_the_others_run(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "EXAMPLE_S", 1.0)
+    hanging, good = tmp_path / "gpu_a.py", tmp_path / "gpu_b.py"
+    hanging.write_text("print('this far', flush=True)\nimport threading\n")
+    with hanging.open("a") as file:
+        file.write("threading.Event().wait()\n")
+    good.write_text("print(1)\n")
+    run, lines = run_of(device, tmp_path), []
+    with pytest.raises(AssertionError, match=r"gpu_a.py did not end in 1 s\nthis far"):
+        lines.extend(checks.examples(run, [hanging, good]))
+    assert not run.not_run
+
+
+def test_examples_end_with_the_time_of_the_checks(
+    device: Device, tmp_path: Path
+) -> None:
+    hanging = tmp_path / "gpu_a.py"
+    hanging.write_text("import threading\nthreading.Event().wait()\n")
+    run = run_of(device, tmp_path, check_seconds=0.5)
+    assert list(checks.examples(run, [hanging])) == []
+    assert run.not_run == {"gpu_a.py": "no time left after 1 s"}
+    run = run_of(device, tmp_path, check_seconds=0.0)
+    assert list(checks.examples(run, [hanging])) == []
+    assert run.not_run == {"gpu_a.py": "no time left"}
+
+
+def test_what_takes_the_time_that_is_left_comes_last() -> None:
+    assert list(PARTS)[-1] == "sanitizer"
 
 
 def test_only_numpy_and_the_kernels_packages_are_needed(tmp_path: Path) -> None:
