@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.summaries import Mark
+
 Call = Callable[[], float | None]
 """Does the work once; returns its own seconds if it measured them itself."""
 
@@ -90,7 +92,8 @@ class Timing:
     """What one variant took.
 
     ``calls`` are seconds of every counted call; ``per_item`` is the median seconds per
-    item of each counted round, in the order of the rounds.
+    item of each counted round, in the order of the rounds. ``marks`` are what results
+    are to say beside what their spread does.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Timing:
     calls: NDArray[np.float64]
     per_item: NDArray[np.float64]
     quiet: bool  # whether only quiet rounds were counted
+    marks: tuple[Mark, ...] = ()
 
     @property
     def noise(self) -> float:

@@ -152,7 +152,10 @@ def timed(
         rounds=len(timing.per_item),
         samples=len(timing.calls),
         noise=timing.noise,
-        marks=marks(len(timing.per_item), timing.noise, timing.quiet),
+        marks=(
+            *marks(len(timing.per_item), timing.noise, timing.quiet),
+            *timing.marks,
+        ),
         ratios=tuple(ratios),
         absent=dict(absent or {}),
         published=published,

@@ -7,7 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-Mark = Literal["few", "noisy", "disturbed"]
+Mark = Literal["few", "noisy", "disturbed", "launched"]
+# Timed as single launches, where others are replays of a graph.
+LAUNCHED: Literal["launched"] = "launched"
 
 FEW_ROUNDS = 20
 NOISY = 0.03

@@ -11,6 +11,9 @@ import numpy as np
 from bench.gpu.device import Device
 from bench.gpu.timing import Work
 from bench.gpu.works import Stage
+from hps_numba.kernels.cuda.layout import RowLayout
+
+TORCH_GATHER, CUPY_GATHER = "torch.index_select", "cupy.take"
 
 
 class DeviceArray:
@@ -112,8 +115,19 @@ class Libraries:
         return adopt(self.device)
 
 
+def unable(libraries: Libraries, rows: RowLayout) -> dict[str, str]:
+    """Return the gathers that cannot give such rows, and why."""
+    if rows.stored == rows.out:
+        return {}
+    reason = f"rows of {rows.stored} do not become {rows.out} on the way"
+    names = {TORCH_GATHER: libraries.torch, CUPY_GATHER: libraries.cupy}
+    return {name: reason for name, library in names.items() if library is not None}
+
+
 def gathers(libraries: Libraries, stage: Stage, *, embedding: bool) -> list[Work]:
     """Return gathers of the same rows by their numbers, those that can be had."""
+    if stage.table.rows.stored != stage.table.rows.out:
+        return []
     found = []
     if libraries.torch is not None:
         found.append(_index_select(libraries, stage))
@@ -141,7 +155,10 @@ def _shapes(stage: Stage) -> tuple[Any, ...]:
 def _work(name: str, stage: Stage, call: Callable[[int], None]) -> Work:
     lookup = stage.lookup
     written = stage.rows_written
-    return Work(name, call, lookup.n_launches, lookup.n, stage.check_rows, written)
+    return Work(
+        *(name, call, lookup.n_launches, lookup.n, stage.check_rows, written),
+        is_baseline=True,
+    )
 
 
 def _index_select(libraries: Libraries, stage: Stage) -> Work:
@@ -154,7 +171,7 @@ def _index_select(libraries: Libraries, stage: Stage) -> Work:
     def call(i: int) -> None:
         torch.index_select(table, 0, asked[i], out=out[i])
 
-    return _work("torch.index_select", stage, libraries.on_torch_stream(call))
+    return _work(TORCH_GATHER, stage, libraries.on_torch_stream(call))
 
 
 def _embedding(libraries: Libraries, stage: Stage) -> Work:
@@ -181,7 +198,9 @@ def _embedding(libraries: Libraries, stage: Stage) -> Work:
     queue = libraries.on_torch_stream(call)
     lookup = stage.lookup
     name, written = "torch embedding", stage.rows_written
-    return Work(name, queue, lookup.n_launches, lookup.n, check, written)
+    return Work(
+        *(name, queue, lookup.n_launches, lookup.n, check, written), is_baseline=True
+    )
 
 
 def _take(libraries: Libraries, stage: Stage) -> Work:
@@ -194,4 +213,4 @@ def _take(libraries: Libraries, stage: Stage) -> Work:
     def call(i: int) -> None:
         cupy.take(table, asked[i], axis=0, out=out[i])
 
-    return _work("cupy.take", stage, libraries.on_cupy_stream(call))
+    return _work(CUPY_GATHER, stage, libraries.on_cupy_stream(call))

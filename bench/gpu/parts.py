@@ -22,7 +22,10 @@ from bench.gpu.works import Stage
 from bench.harness import Timing, speedup
 from hps_numba.kernels.cuda.layout import RowLayout
 
-GATHERS = ("gather kernel", "torch.index_select", "torch embedding", "cupy.take")
+GATHERS = (
+    *("gather kernel", baselines.TORCH_GATHER),
+    *("torch embedding", baselines.CUPY_GATHER),
+)
 
 
 def memory(run: Run) -> Iterator[Line]:
@@ -115,12 +118,14 @@ def lookups(
             hit_rate=hit_rate,
             zipf=zipf,
         )
-        ours = [works.query(stage)]
-        others = []
+        ours, others = [works.query(stage)], []
+        unable: dict[str, str] = {}
         if hit_rate == 1:
-            others = [works.gather(stage)]
-            others += baselines.gathers(run.libraries, stage, embedding=embedding)
+            ours.append(works.gather(stage))
+            unable = baselines.unable(run.libraries, table.rows)
+            others = baselines.gathers(run.libraries, stage, embedding=embedding)
         found = measure(run.device, [*ours, *others], run.plan)
+    found.absent.update(unable)
     params = describe(table, n=n, keys="zipf" if zipf else "unique", hit_rate=hit_rate)
     at_centre = n == run.sizes.n and hit_rate == 1 and not zipf
     usual = table.rows.stored == "float32" and table.nominal_load == run.sizes.load

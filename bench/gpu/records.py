@@ -101,7 +101,7 @@ def timed(
         rounds=rounds,
         samples=len(timing.calls),
         noise=timing.noise,
-        marks=tuple(marks(rounds, timing.noise, timing.quiet)),
+        marks=(*marks(rounds, timing.noise, timing.quiet), *timing.marks),
         ratios=tuple(ratios),
         absent=dict(absent or {}),
         published=published,

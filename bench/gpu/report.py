@@ -21,15 +21,24 @@ Result = dict[str, Any]
 
 
 def load(directory: Path, profile: str = "full") -> list[Result]:
-    """Read the newest result of every measurement, in the order of the files."""
-    newest: dict[tuple[str, str, str], Result] = {}
-    for path in sorted(directory.glob("*.jsonl")):
-        for text in path.read_text().splitlines():
-            result = json.loads(text)
-            key = (result["name"], result["variant"], _params(result))
-            if result["profile"] == profile:
-                newest[key] = result
-    return list(newest.values())
+    """Read the newest result of every measurement, in the order of the files.
+
+    Those of the newest commit: what others measured does not compare.
+    """
+    found = [
+        result
+        for path in sorted(directory.glob("*.jsonl"))
+        for result in map(json.loads, path.read_text().splitlines())
+        if result["profile"] == profile
+    ]
+    commit = max(found, key=lambda r: str(r["time"]))["commit"] if found else ""
+    return list(
+        {
+            (result["name"], result["variant"], _params(result)): result
+            for result in found
+            if result["commit"] == commit
+        }.values()
+    )
 
 
 def filled(document: str, results: Sequence[Result]) -> str:

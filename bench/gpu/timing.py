@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.gpu.device import Device, Graph
 from bench.gpu.kernels import nap_kernel
 from bench.harness import Meter, Plan, Timing, Variant, interleave
+from bench.summaries import LAUNCHED
 from hps_numba.kernels.cuda.launch import LaunchError
 
 N_NAPS = 100  # some 200 microseconds
@@ -38,6 +39,9 @@ class Work:
         Address and bytes of what launches write, to be poisoned before a check.
     reset
         Queued before each timing, and not timed.
+    is_baseline
+        Whether it is another library's: one that fails is left out. What fails of ours
+        is an error.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Work:
     check: Callable[[], None]
     outputs: tuple[tuple[int, int], ...] = ()
     reset: Callable[[], None] | None = None
+    is_baseline: bool = False
 
     def queue(self) -> None:
         """Queue all launches."""
@@ -65,22 +70,24 @@ class Timed:
 def measure(device: Device, works: Sequence[Work], plan: Plan) -> Timed:
     """Check each work, then time them round-robin; seconds are those of one launch.
 
-    A baseline that fails is left out, with the reason. The first work is not one: its
-    failures are errors.
+    A baseline that fails is left out, with the reason. What could not be captured, and
+    is launched anew each time, is marked.
     """
     absent: dict[str, str] = {}
-    graphs: list[Graph] = []
+    graphs: dict[str, Graph] = {}
     try:
-        variants = [_variant(device, works[0], graphs)]
-        for work in works[1:]:
-            with _named(work.name, absent):
+        variants = []
+        for work in works:
+            with _named(work, absent):
                 variants.append(_variant(device, work, graphs))
         _warm_up(variants[0], WARM_SLICES * plan.slice_s)
         timings = interleave(variants, plan, _METER)
     finally:
         device.wait()
-        for graph in graphs:
+        for graph in graphs.values():
             graph.close()
+    for name in timings.keys() - graphs.keys():
+        timings[name] = replace(timings[name], marks=(LAUNCHED,))
     return Timed(timings, absent)
 
 
@@ -92,13 +99,15 @@ def _warm_up(variant: Variant, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _named(name: str, absent: dict[str, str]) -> Iterator[None]:
-    """Note what fails inside instead of failing."""
+def _named(work: Work, absent: dict[str, str]) -> Iterator[None]:
+    """Note what fails inside instead of failing, if it is not ours."""
     try:
         yield
     # Other libraries raise what they like.
     except Exception as exc:
-        absent[name] = f"{type(exc).__name__}: {exc}"[:300]
+        if not work.is_baseline:
+            raise
+        absent[work.name] = f"{type(exc).__name__}: {exc}"[:300]
 
 
 def _check(device: Device, work: Work) -> None:
@@ -111,12 +120,12 @@ def _check(device: Device, work: Work) -> None:
     work.check()
 
 
-def _variant(device: Device, work: Work, graphs: list[Graph]) -> Variant:
+def _variant(device: Device, work: Work, graphs: dict[str, Graph]) -> Variant:
     """Return the work as replays of a graph, or as launches if it has none."""
     _check(device, work)
     try:
-        graphs.append(device.graph(work.queue))
-        replay = graphs[-1].replay
+        graph = graphs[work.name] = device.graph(work.queue)
+        replay = graph.replay
     except (LaunchError, RuntimeError):
         replay = work.queue
 

@@ -62,6 +62,8 @@ def test_a_tiny_run_checks_and_measures_everything(
     assert goals == {"small", "query", "insert"}
     assert "compute-sanitizer racecheck" in found["run"][0].absent
     assert "compute-sanitizer racecheck" in said
+    served = {r.variant for r in found["served"]}
+    assert served >= {"prepared", "prepared, launch only"}
     tables_of = report.all_tables(report.load(tmp_path, "smoke"))
     assert report.NOTHING not in tables_of
     assert "insert, evicting" in tables_of
@@ -130,6 +132,33 @@ def test_baselines_are_compared_and_wrong_ones_left_out(
     assert pooled.absent == {"torch embedding_bag": "NotImplementedError: no sums here"}
 
 
+def test_a_gather_of_ours_that_is_wrong_fails(
+    device: Device, table: tables.Table, tmp_path: Path
+) -> None:
+    first = device.read(table.dense, table.n_rows * ROWS.row_bytes, np.uint8)
+    device.write(table.dense, first ^ np.uint8(1))
+    with pytest.raises(AssertionError, match="512 rows of 512 are wrong"):
+        list(parts.lookups(run_of(device, tmp_path), table, n=64))
+
+
+def test_gathers_that_cannot_change_the_type_of_rows_are_left_out_by_name(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", Torch(device))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    run = run_of(device, tmp_path)
+    half = RowLayout(32, "float16")
+    table = tables.Table(device, half, n_slots=28 * 40, load=0.5, seed=1)
+    lines = list(parts.lookups(run, table, n=64))
+    table.close()
+    assert [line.variant for line in lines] == ["query", "gather kernel"]
+    reason = "rows of float16 do not become float32 on the way"
+    assert lines[0].absent == {
+        "torch.index_select": reason,
+        "cupy": run.libraries.absent["cupy"],
+    }
+
+
 def test_the_goal_is_the_fastest_gather(device: Device, tmp_path: Path) -> None:
     rounds = np.ones(3)
     found = timing.Timed(
@@ -189,6 +218,13 @@ def test_what_cannot_be_captured_is_launched(device: Device) -> None:
     found = timing.measure(device, [work], SMOKE_PLAN)
     assert set(found.timings) == {"waiting"}
     assert seen[:3] == seen[-3:] == [0, 1, 2]
+    assert found.timings["waiting"].marks == ("launched",)
+    captured = timing.Work("nothing", lambda i: None, 2, 1, lambda: None)
+    both = timing.measure(device, [captured, work], SMOKE_PLAN).timings
+    assert {name: one.marks for name, one in both.items()} == {
+        "nothing": (),
+        "waiting": ("launched",),
+    }
 
 
 # -- tables ----------------------------------------------------------------------------

@@ -44,6 +44,16 @@ def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert read.model_dump(include=same) == expected.model_dump(include=same)
 
 
+def test_what_was_launched_rather_than_replayed_says_so(tmp_path: Path) -> None:
+    seconds = np.ones(30)
+    timing = Timing("query", 1, seconds, seconds, quiet=True, marks=("launched",))
+    Sink(tmp_path, "full", gpu="", versions={}).write(timed("query", timing, {}))
+    (read,) = records.read(tmp_path / "query.jsonl")
+    expected = records.timed("query", timing, params={}, where=records.origin("full"))
+    assert read.marks == expected.marks == ("launched",)
+    assert "| launched |" in report.all_tables(report.load(tmp_path))
+
+
 def test_a_result_that_is_no_number_is_refused(tmp_path: Path) -> None:
     sink = Sink(tmp_path, "smoke", gpu="", versions={})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -100,3 +110,16 @@ def test_the_report_shows_the_newest_full_results(tmp_path: Path) -> None:
     results = report.load(tmp_path)
     assert [r["median"] for r in results] == [2]
     assert "| graph replays |  | 2 | keys |" in report.all_tables(results)
+
+
+def test_the_report_has_the_results_of_one_commit(tmp_path: Path) -> None:
+    def write(commit: str, when: str, name: str) -> None:
+        sink = Sink(tmp_path, "full", gpu="A GPU", versions={})
+        sink._origin.update(commit=commit, time=when)
+        sink.write(counted(name, "all", 1, "keys"))
+
+    write("old", "2024-06-01T00:00:00Z", "checks")
+    write("new", "2024-06-02T00:00:00Z", "checks")
+    write("old", "2024-06-01T00:00:00Z", "zipped")
+    results = report.load(tmp_path)
+    assert [(r["name"], r["commit"]) for r in results] == [("checks", "new")]
