@@ -1,7 +1,8 @@
 """Cubins on disk, so that a process compiles only what no process compiled before.
 
 One file per kernel and compute capability, named by the digest of everything that the
-machine code follows from. A file is written beside its place and renamed into it, and
+machine code follows from. Where the compilers are not installed, files that any of
+their releases made serve. A file is written beside its place and renamed into it, and
 carries a checksum: processes that share the directory never read half a file, and what
 is damaged is compiled again. The directory may be deleted at any time; whoever writes a
 file deletes those that nobody has used for long, and the longest unused of too many.
@@ -25,7 +26,12 @@ from hps_numba.kernels.cuda.compiling import (
     KernelSpec,
     compile_cubin,
 )
-from hps_numba.kernels.cuda.fingerprint import UnknownConstantError, fingerprint
+from hps_numba.kernels.cuda.fingerprint import (
+    COMPILER_DIGITS,
+    UnknownConstantError,
+    fingerprint,
+    has_compilers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +87,8 @@ class CubinCache:
         """
         path = self._path(spec, cc)
         cubin = self._read(path, spec, cc) if path else None
+        if cubin is None and path and not has_compilers():
+            cubin = self._read_of_others(path, spec, cc)
         if cubin is None:
             begin = time.perf_counter()
             cubin = compile_cubin(spec, cc)
@@ -100,9 +108,7 @@ class CubinCache:
         except UnknownConstantError as exc:
             logger.info("kernel=%s is compiled anew each time: %s", spec.name, exc)
             return None
-        return (
-            self.directory / f"{spec.name[:80]}.sm_{cc[0]}{cc[1]}.{digest[:32]}.cubin"
-        )
+        return self.directory / f"{spec.name[:80]}.sm_{cc[0]}{cc[1]}.{digest}.cubin"
 
     def _read(
         self, path: Path, spec: KernelSpec, cc: ComputeCapability
@@ -118,6 +124,20 @@ class CubinCache:
             return None
         _note_use(path)
         return cubin
+
+    def _read_of_others(
+        self, path: Path, spec: KernelSpec, cc: ComputeCapability
+    ) -> Cubin | None:
+        """Read what other releases of the compilers made of the same kernel.
+
+        Any of it serves where nothing can be compiled.
+        """
+        start = path.stem[:-COMPILER_DIGITS]
+        for other in sorted(path.parent.glob(f"{start}*{path.suffix}")):
+            cubin = self._read(other, spec, cc)
+            if cubin is not None:
+                return cubin
+        return None
 
     def _write(self, path: Path, cubin: Cubin) -> None:
         try:

@@ -33,6 +33,7 @@ _LIBRARIES = {
     "nvJitLink": ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"),
 }
 _NONE = "none"
+DIGITS, COMPILER_DIGITS = 32, 8  # of a fingerprint; 4 bits each
 
 
 class UnknownConstantError(TypeError):
@@ -41,6 +42,9 @@ class UnknownConstantError(TypeError):
 
 def fingerprint(spec: KernelSpec, cc: ComputeCapability) -> str:
     """Return a digest of everything that the cubin of a kernel follows from.
+
+    The last ``COMPILER_DIGITS`` are of the compilers' libraries, the others of the
+    rest.
 
     Raises
     ------
@@ -52,7 +56,13 @@ def fingerprint(spec: KernelSpec, cc: ComputeCapability) -> str:
     for part in (repr(shape), _environment(), *_describe(spec.function, set())):
         digest.update(part.encode())
         digest.update(b"\0")
-    return digest.hexdigest()
+    libraries = hashlib.sha256(_libraries().encode()).hexdigest()
+    return digest.hexdigest()[: DIGITS - COMPILER_DIGITS] + libraries[:COMPILER_DIGITS]
+
+
+def has_compilers() -> bool:
+    """Return whether the compilers' libraries are here, as far as is known."""
+    return not any(line.endswith(f" {_NONE}") for line in _libraries().split("\n"))
 
 
 @cache
@@ -60,18 +70,24 @@ def _environment() -> str:
     """Return the versions and the sources, which do not change in a process."""
     parts = [f"python {sys.version_info[0]}.{sys.version_info[1]}"]
     parts += [f"{name} {_version(name)}" for name in _DISTRIBUTIONS]
-    parts += [f"{name} {_library(name)}" for name in _LIBRARIES]
     sources = [*_SOURCES.glob("*.py"), _SOURCES.parent / "host" / "hashing.py"]
     parts += [f"{source.name} {_file_digest(source)}" for source in sorted(sources)]
     return "\n".join(parts)
 
 
+@cache
+def _libraries() -> str:
+    """Return which libraries of compilers are here, a line each."""
+    return "\n".join(f"{name}: {_library(name)}" for name in _LIBRARIES)
+
+
 def _library(name: str) -> str:
     """Return the versions of a library's packages, or which file it is."""
     # Not by what is loaded: other packages load theirs, before a kernel or after it.
-    versions = [f"{package} {_version(package)}" for package in _LIBRARIES[name]]
-    if not all(version.endswith(_NONE) for version in versions):
-        return ", ".join(versions)
+    versions = {package: _version(package) for package in _LIBRARIES[name]}
+    found = [f"{p} {version}" for p, version in versions.items() if version != _NONE]
+    if found:
+        return ", ".join(found)
     try:
         path = pathfinder.load_nvidia_dynamic_lib(name).abs_path
         # A toolkit that pip did not install has no version to ask for.

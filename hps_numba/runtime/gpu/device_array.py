@@ -30,8 +30,7 @@ class DeviceArray:
         The device.
     stream
         Handle of the stream that writes the array. Its memory is given back there, so
-        the stream should outlive the array; if it does not, giving back waits for the
-        whole device.
+        the stream has to outlive the array; see ``keep``.
 
     Attributes
     ----------
@@ -49,7 +48,16 @@ class DeviceArray:
     it on another waits for that stream, without the calling thread.
     """
 
-    __slots__ = ("__weakref__", "_gpu", "_owner", "address", "dtype", "shape", "stream")
+    __slots__ = (
+        "__weakref__",
+        "_gpu",
+        "_kept",
+        "_owner",
+        "address",
+        "dtype",
+        "shape",
+        "stream",
+    )
 
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, *, gpu: Gpu, stream: int = 0
@@ -59,6 +67,7 @@ class DeviceArray:
         self.stream = stream
         self._gpu = gpu
         self._owner: DeviceArray | None = None  # whose memory it is, if not its own
+        self._kept: object = None
         memory = stream_memory(gpu)
         self.address = memory.take(self.nbytes, stream)
         # At the process's end the driver may be gone already, and the memory with it.
@@ -119,6 +128,13 @@ class DeviceArray:
         view.shape, view.dtype, view.stream = shape, self.dtype, self.stream
         view.address, view._gpu, view._owner = address, self._gpu, self
         return view
+
+    def keep(self, stream: object) -> None:
+        """Let the object whose stream this is live as long as the memory does."""
+        owner = self
+        while owner._owner is not None:
+            owner = owner._owner
+        owner._kept = stream
 
     def copy_to_host(self) -> NDArray[Any]:
         """Return a copy in host memory, once everything written to the array is there.

@@ -88,6 +88,8 @@ class GpuPath:
                 cache.lanes.give_back(lane)
         for part in parts:
             part.count(perf_counter_ns() - begin_ns)
+            if stream is not handle and hasattr(part.result, "keep"):
+                part.result.keep(stream)
         return [part.result for part in parts]
 
     def prepare(self, sizes: Mapping[str, int]) -> PreparedLookup:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.gpu import Gpu, PinnedBlock
 from hps_numba.kernels.cuda.interchange import n_devices
-from hps_numba.runtime.gpu import lane
+from hps_numba.runtime.gpu import lane, new_arrays
 from hps_numba.runtime.hps import HPS
 from hps_numba.runtime.session import LookupSession
 from tests.oracle import versioned_rows
@@ -233,6 +235,39 @@ def test_rows_as_they_are_stored_need_no_kernel_that_is_compiled_later(
     out = Guarded(gpu, (3, COLOURS.dim), np.float16)
     server.session("wdl").lookup("colours", [1, 2, 10_000], out=out.array)
     assert set(launcher._loaded) == before
+
+
+class Borrowed:
+    """A stream of an object that takes the stream with it."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu, self.handle = gpu, gpu.stream()
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+    def __del__(self) -> None:
+        self._gpu.wait(self.handle)
+        self._gpu.drop_stream(self.handle)
+
+
+def test_rows_keep_the_stream_that_their_memory_goes_back_to(
+    session: LookupSession, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_arrays, "_maker", lambda: new_arrays._own)
+    stream = Borrowed(gpu)
+    gone = weakref.ref(stream)
+    rows = session.lookup({"items": [1, 2], "users": [3]}, stream=stream)
+    alone = session.lookup("items", [5], stream=stream)
+    del stream
+    assert gone() is not None
+    del rows["items"]
+    del alone
+    gc.collect()
+    assert gone() is not None  # the other table's rows are of the same memory
+    rows.clear()
+    gc.collect()
+    assert gone() is None
 
 
 class Late(Lent):
