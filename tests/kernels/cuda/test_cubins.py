@@ -132,7 +132,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
         monkeypatch.setattr(metadata, "version", version)
         monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
-        return fingerprint._environment.__wrapped__()
+        return fingerprint._libraries.__wrapped__()
 
     return found
 
@@ -176,8 +176,35 @@ def test_compilers_that_are_missing_have_a_fingerprint_too(
     def broken(name: str) -> Any:
         raise ChildProcessError(f"asking for {name} failed")
 
-    assert "\nnvvm none\nnvJitLink none\n" in environment({})
+    assert environment({}) == "nvvm: none\nnvJitLink: none"
     assert environment({}, broken) == environment({})
+
+
+def test_cubins_of_any_compilers_serve_where_there_are_none(
+    tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CubinCache(tmp_path)
+    good = cache.get(add_spec(), CC)
+    assert fingerprint.has_compilers()
+    missing = "nvvm: none\nnvJitLink: nvidia-nvjitlink 13.0.88"
+    monkeypatch.setattr(fingerprint, "_libraries", lambda: missing)
+    assert not fingerprint.has_compilers()
+    assert cache.get(add_spec(), CC) == good
+    assert compiled == ["add"]
+    for other, cc in ((add_spec(2), CC), (add_spec(), (8, 0))):
+        cache.get(other, cc)
+    assert compiled == ["add"] * 3
+
+
+def test_another_release_of_a_compiler_compiles_anew(
+    tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CubinCache(tmp_path)
+    cache.get(add_spec(), CC)
+    monkeypatch.setattr(fingerprint, "_libraries", lambda: "nvvm: nvidia-nvvm 99.0")
+    cache.get(add_spec(), CC)
+    assert compiled == ["add", "add"]
+    assert len(files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
