@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 from hps_numba.errors import ClosedError
 from hps_numba.kernels.cuda.gpu import Gpu, PinnedBlock
 from hps_numba.kernels.cuda.interchange import n_devices
-from hps_numba.runtime.gpu import lane, new_arrays
 from hps_numba.runtime.hps import HPS
 from hps_numba.runtime.session import LookupSession
 from tests.oracle import versioned_rows
@@ -209,65 +206,6 @@ class TestRefusedCalls:
                 session.lookup("items", given, out=out.array)
         server.close()
         assert out.untouched()
-
-
-def test_a_lookup_that_hangs_keeps_its_memory_and_lets_others_close(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(lane, "_PATIENCE_S", 0.0)
-    with gpu_server(tmp_path, TABLES) as server:
-        cache = server.session("wdl")._path._cache  # type: ignore[attr-defined]
-        held = cache.lanes.take()
-    assert "cache=gpu:0 a lookup does not end" in caplog.text
-    # What it may still write to is there.
-    for group in cache.groups:
-        Gpu(0).zero(group.base, group.plan.layout.n_bytes, held.stream)
-    Gpu(0).wait(held.stream)
-    with pytest.raises(ClosedError, match="the GPU cache is closed"):
-        cache.lanes.take()
-
-
-def test_rows_as_they_are_stored_need_no_kernel_that_is_compiled_later(
-    server: HPS, gpu: Gpu
-) -> None:
-    launcher = server.session("wdl")._path._cache.gpu.launcher  # type: ignore[attr-defined]
-    before = set(launcher._loaded)
-    out = Guarded(gpu, (3, COLOURS.dim), np.float16)
-    server.session("wdl").lookup("colours", [1, 2, 10_000], out=out.array)
-    assert set(launcher._loaded) == before
-
-
-class Borrowed:
-    """A stream of an object that takes the stream with it."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self.handle = gpu, gpu.stream()
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-    def __del__(self) -> None:
-        self._gpu.wait(self.handle)
-        self._gpu.drop_stream(self.handle)
-
-
-def test_rows_keep_the_stream_that_their_memory_goes_back_to(
-    session: LookupSession, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(new_arrays, "_maker", lambda: new_arrays._own)
-    stream = Borrowed(gpu)
-    gone = weakref.ref(stream)
-    rows = session.lookup({"items": [1, 2], "users": [3]}, stream=stream)
-    alone = session.lookup("items", [5], stream=stream)
-    del stream
-    assert gone() is not None
-    del rows["items"]
-    del alone
-    gc.collect()
-    assert gone() is not None  # the other table's rows are of the same memory
-    rows.clear()
-    gc.collect()
-    assert gone() is None
 
 
 class Late(Lent):
