@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hps_numba.config import DatabaseType, InferenceParams, ParameterServerConfig
-from hps_numba.runtime.gpu.lane_layout import buffer_bytes
+from hps_numba.runtime.gpu.lane_layout import Buffers, buffer_bytes
 from hps_numba.runtime.gpu.sizing import CachePlan, plan_cache
 from hps_numba.runtime.gpu.warming import frequency_file
 from hps_numba.tiers.host_table import Overflow, bytes_for_rows
@@ -89,29 +89,15 @@ def estimate(config: ParameterServerConfig) -> Estimate:
                 gpu_devices=config.model(spec.model).deployed_devices if plan else (),
             )
         )
-    buffers = {
-        params.model_name: buffer_bytes(
-            plans[params.model_name],
-            config.volatile_db.max_batch_size,
-            params.number_of_worker_buffers_in_pool,
-        )
-        for params in config.models
-        if params.model_name in plans
-    }
+    buffers = _buffers(config, plans)
     return Estimate(
         tables=tuple(tables),
         host_bytes=sum(t.host_bytes for t in tables),
         disk_bytes=sum(t.disk_bytes for t in tables),
         host_budget_bytes=config.volatile_db.max_bytes,
         gpu_bytes=_by_device((t.gpu_devices, t.gpu_bytes) for t in tables),
-        gpu_buffer_bytes=_by_device(
-            (config.model(name).deployed_devices, each.device)
-            for name, each in buffers.items()
-        ),
-        pinned_bytes=sum(
-            len(config.model(name).deployed_devices) * each.pinned
-            for name, each in buffers.items()
-        ),
+        gpu_buffer_bytes=_by_device((d, each.device) for d, each in buffers),
+        pinned_bytes=sum(len(d) * each.pinned for d, each in buffers),
     )
 
 
@@ -164,6 +150,25 @@ def _plans(
             for i in range(len(specs)):
                 frequency_file(params, i)  # refuses what it cannot read
     return plans
+
+
+def _buffers(
+    config: ParameterServerConfig, plans: Mapping[str, CachePlan]
+) -> list[tuple[tuple[int, ...], Buffers]]:
+    """Return the buffers of each model with a GPU cache, on each of its devices."""
+    block_rows = config.volatile_db.max_batch_size
+    return [
+        (
+            params.deployed_devices,
+            buffer_bytes(
+                plans[params.model_name],
+                block_rows,
+                params.number_of_worker_buffers_in_pool,
+            ),
+        )
+        for params in config.models
+        if params.model_name in plans
+    ]
 
 
 def _by_device(parts: Iterable[tuple[Sequence[int], int]]) -> dict[int, int]:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 
+from hps_numba.kernels.cuda.compiling import KernelSpec
 from hps_numba.kernels.cuda.gpu import Gpu
 from hps_numba.runtime.gpu.errors import device_errors
 from hps_numba.runtime.gpu.lane import Lane, LanePool
@@ -79,20 +80,13 @@ class GpuCache:
             with self._writer as stream:
                 for group in self.groups:
                     group.prepare(gpu, stream)
-            self.lanes = LanePool(
-                [
-                    made.enter_context(closing(Lane(gpu, lanes, staging)))
-                    for _ in range(n_lanes)
-                ]
-            )
-            needed = dict.fromkeys(
-                spec
-                for group in self.groups
-                for cache in (group.cache, group.stored)
-                for spec in cache.kernels(every_one=False)
-            )
-            gpu.launcher.warm_up(needed, progress)
+            every_lane = [
+                made.enter_context(closing(Lane(gpu, lanes, staging)))
+                for _ in range(n_lanes)
+            ]
+            gpu.launcher.warm_up(self._kernels(), progress)
             made.pop_all()
+        self.lanes = LanePool(every_lane)
         self.block_rows = staging.n_rows
         self.tables = {
             spec.tag: TableCache(group, i, gpu, self._writer)
@@ -123,3 +117,12 @@ class GpuCache:
         self._writer.close()
         for group in self.groups:
             group.close()
+
+    def _kernels(self) -> Iterable[KernelSpec]:
+        """Return what lookups and writes launch, each once."""
+        return dict.fromkeys(
+            spec
+            for group in self.groups
+            for cache in (group.cache, group.stored)
+            for spec in cache.kernels(every_one=False)
+        )
