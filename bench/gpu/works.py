@@ -221,7 +221,7 @@ def insert(
     busy = scratch.block(table.cache.layout.tables[0].n_sets)
     out = scratch.block(n * table.rows.out_bytes)
     work = build_workspace(device, n, scratch.block)
-    last = n_launches - 1
+    last, before = n_launches - 1, _evicted(device, table)
 
     def call(i: int) -> None:
         table.cache.insert(
@@ -233,21 +233,13 @@ def insert(
             stream=device.stream,
         )
 
-    def evicted() -> int:
-        return int(device.read(table.cache.base + EVICTED, 1, np.uint64)[0])
-
-    before = evicted()
-
     def check() -> None:
         batch = Batch(n, keys + 8 * last * n)
         device.poison(out, n * table.rows.out_bytes)
         table.cache.query(batch, out, work, stream=device.stream)
         got = device.read(out, (n, table.rows.dim), table.rows.out)
-        # A few sets have had more keys than ways, and not all are still there.
-        gone = (got.view(np.uint8) == POISON).all(1)
-        check_equal(got[~gone], table.expected(numbers[last * n :])[~gone])
-        assert gone.mean() < 0.02, f"{gone.mean():.1%} of the keys are not there"
-        share = (evicted() - before) / len(numbers)
+        _check_inserted(got, table.expected(numbers[last * n :]))
+        share = (_evicted(device, table) - before) / len(numbers)
         assert share > 0.98 if evicting else share < 0.02, f"evictions: {share:.1%}"
 
     def clear() -> None:
@@ -256,3 +248,14 @@ def insert(
     name = "insert, evicting" if evicting else "insert"
     reset = None if evicting else clear
     return Work(name, call, n_launches, n, check, reset=reset)
+
+
+def _check_inserted(got: Array, expected: Array) -> None:
+    # A few sets have had more keys than ways, and not all are still there.
+    gone = (got.view(np.uint8) == POISON).all(1)
+    check_equal(got[~gone], expected[~gone])
+    assert gone.mean() < 0.02, f"{gone.mean():.1%} of the keys are not there"
+
+
+def _evicted(device: Device, table: Table) -> int:
+    return int(device.read(table.cache.base + EVICTED, 1, np.uint64)[0])
