@@ -320,7 +320,12 @@ class TestMemory:
                 server.add_model(params)
                 assert all(a > b for a, b in zip(meter.live, one, strict=True))
                 session = server.session("dcn")
-                assert np.array_equal(session.lookup("users", USERS.keys), USERS.rows)
+                found = np.zeros(USERS.n_rows, np.bool_)
+                rows = session.lookup("users", USERS.keys, found=found)
+                # A key that the refresh is writing may miss, and gets the default row.
+                assert found.mean() >= 0.5
+                assert np.array_equal(rows[found], USERS.rows[found])
+                assert (rows[~found] == USERS.default).all()
                 server.update("dcn", "users", [500], np.zeros((1, 4), np.float32))
                 session.lookup("users", np.arange(400, 500))  # deferred
                 server.remove_model("dcn", drop_tables=True)
