@@ -1,6 +1,19 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from hps_numba.kernels.cuda.gpu import Gpu
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    """Return the first device."""
+    from hps_numba.kernels.cuda.gpu import Gpu
+
+    return Gpu(0)
 
 
 @pytest.fixture

@@ -35,11 +35,6 @@ HALF = TableSpec("m", "half", dim=4, dtype=RowDtype.FLOAT16)
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0, cubins=CubinCache(None))
-
-
-@pytest.fixture(scope="module")
 def other(gpu: Gpu) -> Gpu:
     if n_devices() == 1:
         pytest.skip("a machine with one device has no memory of another")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hps_numba.kernels.cuda.cubins import CubinCache
 from hps_numba.kernels.cuda.gpu import Gpu, PinnedBlock
 from hps_numba.runtime.gpu import arrays
 from hps_numba.runtime.gpu.arrays import order, protocol_stream, view
@@ -16,11 +15,6 @@ from tests.runtime.gpu.foreign import Described, uploaded
 from tests.support import fakegpu
 
 on_device = pytest.mark.device
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0, cubins=CubinCache(None))
 
 
 @pytest.fixture

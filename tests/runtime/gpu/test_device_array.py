@@ -28,11 +28,6 @@ RELAXED = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 pytestmark = pytest.mark.device
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0, cubins=CubinCache(None))
-
-
 @pytest.fixture
 def stream(gpu: Gpu) -> Iterator[int]:
     stream = gpu.stream()

@@ -52,11 +52,6 @@ def session(server: HPS) -> LookupSession:
     return server.session("wdl")
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0)
-
-
 class Wrong:
     """Three keys of users with something that does not fit, and what is said of it."""
 

@@ -43,11 +43,6 @@ BLOCK = 28  # a set's worth, the smallest block there is
 SMALL = 0.1  # of the rows: a lookup misses most of its keys
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0)
-
-
 def reseed(seed: int) -> None:
     """Let the stand-in run what may run in another order."""
     fake = fakegpu.current()

@@ -19,11 +19,6 @@ pytestmark = pytest.mark.device
 TABLES = (ITEMS, USERS, COLOURS)
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0)
-
-
 def test_a_lookup_that_hangs_keeps_its_memory_and_lets_others_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,11 +58,6 @@ def session(server: HPS) -> LookupSession:
     return server.session("wdl")
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0)
-
-
 class TestOneTable:
     @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
     def test_host_keys_give_rows_in_host_memory(

@@ -45,11 +45,6 @@ BY_NAME = {table.name: table for table in TABLES}
 SIZES = {"users": 90, "colours": 40, "items": 60}  # brands, in between, are left out
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0)
-
-
 @contextmanager
 def serving(root: Path, *, share: float = 1.0, **options: Any) -> Iterator[HPS]:
     """Give a server whose caches have all rows or a share; 28 are fetched at once."""

@@ -40,11 +40,6 @@ pytestmark = pytest.mark.device
 N_GONE = 100  # the first keys of each table: stored, and not cached
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    return Gpu(0)
-
-
 @contextmanager
 def partly_cached(root: Path, threshold: float, **options: Any) -> Iterator[HPS]:
     """Give a server whose caches have all rows but the first ones of each table."""
