@@ -14,7 +14,7 @@ from typing import Protocol
 
 from hps_numba.errors import UnknownTableError
 from hps_numba.runtime.stats import BackfillStats
-from hps_numba.tiers.base import Tier
+from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.types import Keys, Rows
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Backfill:
     tag: str
     keys: Keys
     rows: Rows
-    epoch: int
+    epoch: Epoch
 
     @property
     def n_bytes(self) -> int:

@@ -8,11 +8,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+
+Epoch: TypeAlias = int | tuple[int, ...]
+"""Update epoch of a table in one tier. Those of one tier object are of one kind and are
+ordered; beyond that they mean something to that object alone."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +149,8 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def epoch(self, tag: str) -> int:
-        """Return the table's update epoch; it grows with every write."""
+    def epoch(self, tag: str) -> Epoch:
+        """Return the table's update epoch; it grows with every write. Cheap."""
 
     @abstractmethod
     def hold(self, tag: str, keys: Keys | None = None) -> AbstractContextManager[None]:
@@ -153,7 +160,7 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
         """Store rows that a lower tier gave, unless their keys changed since ``epoch``.
 
         Returns
@@ -161,6 +168,16 @@ class Tier(ABC):
         int
             Number of rows stored.
         """
+
+    def arrange(self, tag: str, keys: Keys) -> NDArray[np.int64] | None:
+        """Return the order in which the tier answers these keys fastest, if any.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            Every position of ``keys`` once; None if one order is as good as another.
+        """
+        return None
 
     @abstractmethod
     def evict(self, tag: str, keys: Keys | None = None) -> int:
@@ -194,11 +211,8 @@ class Tier(ABC):
         """Release everything; the second call does nothing."""
 
 
-class PersistentTier(Tier):
+class LastingTier(Tier):
     """A tier that outlives the process, and remembers where its rows came from."""
-
-    read_only: bool
-    """Whether every write is refused."""
 
     @abstractmethod
     def load(
@@ -223,9 +237,24 @@ class PersistentTier(Tier):
         """
 
     @abstractmethod
-    def untouched(self, tag: str) -> bool:
-        """Return whether the table holds just the rows of its last ``load``."""
-
-    @abstractmethod
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
         """Return what the last ``load`` of the table was given, or None."""
+
+    def loading(self, tag: str) -> AbstractContextManager[None]:
+        """Keep other processes from loading the table while the context lasts.
+
+        Who waited for another process looks at ``fingerprint`` again: the other one may
+        have loaded the same files. A tier of one process has nobody to wait for.
+        """
+        return nullcontext()
+
+
+class PersistentTier(LastingTier):
+    """A lasting tier that only this process writes."""
+
+    read_only: bool
+    """Whether every write is refused."""
+
+    @abstractmethod
+    def untouched(self, tag: str) -> bool:
+        """Return whether the table holds just the rows of its last ``load``."""

@@ -17,7 +17,7 @@ import numpy as np
 from hps_numba.errors import ClosedError, ConfigError, UnknownTableError
 from hps_numba.kernels.host import table as kernel
 from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_kernel
-from hps_numba.tiers.base import Tier, TierStats
+from hps_numba.tiers.base import Epoch, Tier, TierStats
 from hps_numba.tiers.host_table import HostTable, Overflow
 from hps_numba.types import (
     Keys,
@@ -220,11 +220,12 @@ class HostTier(Tier):
             check_keys(table.spec, keys)
         return table.stamps.held(table.lock, keys)
 
-    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
         """Store rows that a lower tier gave, unless their keys changed since."""
         table = self._table(tag)
         check_rows(table.spec, keys, rows)
         with table.lock:
+            assert isinstance(epoch, int)  # one of its own
             admitted = table.stamps.admit(keys, epoch)
             n_admitted = int(np.count_nonzero(admitted))
             if n_admitted < keys.size:

@@ -24,7 +24,7 @@ import numpy as np
 
 from hps_numba.errors import UnknownTableError
 from hps_numba.tiers.arguments import check_keys, check_output, check_rows
-from hps_numba.tiers.base import PersistentTier, TierStats
+from hps_numba.tiers.base import Epoch, PersistentTier, TierStats
 from hps_numba.tiers.rocksdb_catalog import Catalog
 from hps_numba.tiers.rocksdb_errors import NAME
 from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch
@@ -287,10 +287,11 @@ class RocksDBTier(PersistentTier):
             check_keys(table.spec, keys)
         return table.stamps.held(table.lock, keys)
 
-    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
         """Store rows that a lower tier gave, unless their keys changed since."""
         with self._writing(tag) as table:
             check_rows(table.spec, keys, rows)
+            assert isinstance(epoch, int)  # one of its own
             return table.backfill(keys, rows, epoch)
 
     def evict(self, tag: str, keys: Keys | None = None) -> int:

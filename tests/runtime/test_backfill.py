@@ -10,7 +10,7 @@ import pytest
 from hps_numba.errors import ClosedError
 from hps_numba.runtime.backfill import Backfill, BackfillQueue
 from hps_numba.runtime.stats import BackfillStats
-from hps_numba.tiers.base import Tier
+from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import Keys, Rows, TableSpec
 from tests.oracle import versioned_rows
@@ -39,7 +39,9 @@ def gated(host: HostTier, stops: StopPoints) -> GatedTier:
     return GatedTier(host, stops)
 
 
-def item(tier: Tier, first: int, n_rows: int, *, epoch: int | None = None) -> Backfill:
+def item(
+    tier: Tier, first: int, n_rows: int, *, epoch: Epoch | None = None
+) -> Backfill:
     keys = np.arange(first, first + n_rows, dtype=np.int64)
     seen = tier.epoch(SPEC.tag) if epoch is None else epoch
     return Backfill(tier, SPEC.tag, keys, versioned_rows(keys, 1, SPEC.dim), seen)
@@ -196,7 +198,7 @@ class KilledError(BaseException):
 class BrokenTier(HostTier):
     failure: BaseException = KilledError("planted")
 
-    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
         raise self.failure
 
 

@@ -16,7 +16,7 @@ import pytest
 from hps_numba.runtime.backfill import Backfill
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.inflight import Flight
-from hps_numba.tiers.base import Tier
+from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import Keys, Rows
 from tests.runtime.histories import (
@@ -205,7 +205,7 @@ class KeepsOldRows(HostTier):
 
 
 class IgnoresEpochs(HostTier):
-    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
         return super().backfill(tag, keys, rows, (1 << 62))
 
 

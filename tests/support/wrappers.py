@@ -6,11 +6,14 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hps_numba.errors import TierUnavailableError
-from hps_numba.tiers.base import Tier, TierStats
+from hps_numba.tiers.base import Epoch, Tier, TierStats
 from hps_numba.types import Keys, Mask, RowBlock, Rows, TableSpec
 
 
@@ -18,7 +21,7 @@ class WrappedTier(Tier):
     """Does what the tier in it does, and calls ``before`` and ``after`` around it.
 
     Both get the operation: a method's name, or ``hold`` and ``release`` for the two
-    ends of a hold. What persistent tiers add is passed on as well.
+    ends of a hold. What lasting tiers add is passed on as well.
     """
 
     def __init__(self, tier: Tier) -> None:
@@ -55,7 +58,7 @@ class WrappedTier(Tier):
     def load(self, tag: str, blocks: Iterable[RowBlock], **options: Any) -> int:
         return self._call("load", tag, blocks, **options)
 
-    def epoch(self, tag: str) -> int:
+    def epoch(self, tag: str) -> Epoch:
         return self._call("epoch", tag)
 
     @contextmanager
@@ -69,8 +72,11 @@ class WrappedTier(Tier):
                 self.before("release")
         self.after("release")
 
-    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: int) -> int:
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
         return self._call("backfill", tag, keys, rows, epoch)
+
+    def arrange(self, tag: str, keys: Keys) -> NDArray[np.int64] | None:
+        return self.inner.arrange(tag, keys)
 
     def evict(self, tag: str, keys: Keys | None = None) -> int:
         return self._call("evict", tag, keys)
@@ -102,10 +108,13 @@ class WrappedTier(Tier):
 
     @property
     def read_only(self) -> bool:
-        return self.inner.read_only  # type: ignore[attr-defined]  # persistent tiers
+        return self.inner.read_only  # type: ignore[attr-defined]  # lasting tiers
 
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
         return self.inner.fingerprint(tag)  # type: ignore[attr-defined]  # as above
+
+    def loading(self, tag: str) -> AbstractContextManager[None]:
+        return self._call("loading", tag)
 
     def untouched(self, tag: str) -> bool:
         return self.inner.untouched(tag)  # type: ignore[attr-defined]  # as above

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hps_numba.kernels.host import table as kernel
-from hps_numba.tiers.base import Tier
+from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.tiers.host import HostTier
 from hps_numba.tiers.testing import TierContract
 from hps_numba.types import Keys, Mask, OverflowPolicy, Rows
@@ -43,6 +43,29 @@ class TestHostTierThatKeepsScores(TestHostTier):
 class TestHostTierOfOnePartition(TestHostTier):
     def make_tier(self, directory: Path) -> Tier:
         return HostTier(num_partitions=1, overflow_policy=OverflowPolicy.EVICT_OLDEST)
+
+
+class TupleTier(HostTier):
+    """Its epochs have a second part, of which the first one says nothing."""
+
+    def epoch(self, tag: str) -> Epoch:
+        local = super().epoch(tag)
+        assert isinstance(local, int)
+        return (local, -local, 7)
+
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
+        assert isinstance(epoch, tuple)
+        local, other, seven = epoch
+        assert (other, seven) == (-local, 7)
+        return super().backfill(tag, keys, rows, local)
+
+    def arrange(self, tag: str, keys: Keys) -> np.ndarray:
+        return np.argsort(keys % 5, kind="stable")
+
+
+class TestTierWithEpochsOfSeveralParts(TestHostTier):
+    def make_tier(self, directory: Path) -> Tier:
+        return TupleTier()
 
 
 def rows_in(partition) -> list[tuple[int, np.ndarray]]:

@@ -9,13 +9,11 @@ import numpy as np
 
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.rocksdb import RocksDBTier
-from hps_numba.tiers.testing import TierContract
+from hps_numba.tiers.testing import LastingTierContract
 from hps_numba.types import Keys, Mask, Rows
 
 
-class TestRocksDBTier(TierContract):
-    persistent = True
-
+class TestRocksDBTier(LastingTierContract):
     def make_tier(self, directory: Path) -> Tier:
         return RocksDBTier(str(directory), cache_bytes=8 << 20)
 

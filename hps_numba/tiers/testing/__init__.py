@@ -10,11 +10,14 @@
 
         def write_beneath(self, tier, tag, keys, rows): ...
         def read_beneath(self, tier, tag, keys): ...
+
+A tier that outlives its process takes ``LastingTierContract`` instead.
 """
 
 from __future__ import annotations
 
 from hps_numba.tiers.testing.backfills import BackfillContract
+from hps_numba.tiers.testing.lasting import LastingContract
 from hps_numba.tiers.testing.machine import MachineContract
 from hps_numba.tiers.testing.races import RaceContract
 from hps_numba.tiers.testing.suite import TierSuite
@@ -28,4 +31,8 @@ class TierContract(
     """Every promise of ``hps_numba.tiers.base.Tier``, as tests; see ``TierSuite``."""
 
 
-__all__ = ["TierContract", "TierSuite"]
+class LastingTierContract(TierContract, LastingContract):
+    """Every promise of ``hps_numba.tiers.base.LastingTier``, too."""
+
+
+__all__ = ["LastingTierContract", "TierContract", "TierSuite"]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,17 @@ WRITES: dict[str, Callable[[Tier], object]] = {
 
 class BackfillContract(TierSuite):
     """Epochs, holds, and what they refuse."""
+
+    def test_epochs_are_of_one_kind_and_ordered(self, tier: Tier) -> None:
+        epochs: list[Any] = [tier.epoch(SPEC.tag)]
+        for write in WRITES.values():
+            write(tier)
+            tier.evict(SPEC.tag, KEY)
+            epochs.append(tier.epoch(SPEC.tag))
+        assert epochs == sorted(epochs)
+        widths = {len(e) if isinstance(e, tuple) else 0 for e in epochs}
+        assert len(widths) == 1
+        assert all(isinstance(e, int | tuple) for e in epochs)
 
     def test_a_backfill_stores_rows(self, tier: Tier) -> None:
         keys = np.arange(100, dtype=np.int64)

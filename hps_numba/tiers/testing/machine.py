@@ -12,13 +12,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from hps_numba.tiers.base import Tier
+from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.tiers.testing.suite import (
     INT64,
     SPEC,
@@ -44,10 +45,10 @@ class TierMachine(RuleBasedStateMachine):
         self._directory = Path(tempfile.mkdtemp())
         self._numbers = itertools.count(1)
         self._rows: dict[int, int] = {}
-        self._written: dict[int, int] = {}  # the epoch after a key's last write
-        self._load_epoch = 0
+        self._written: dict[int, Epoch] = {}  # the epoch after a key's last write
         self._tier = self._opened()
-        self._epochs = [self._tier.epoch(SPEC.tag)]
+        self._load_epoch = self._tier.epoch(SPEC.tag)
+        self._epochs = [self._load_epoch]
 
     def teardown(self) -> None:
         """Check the last state and remove the tier."""
@@ -86,7 +87,7 @@ class TierMachine(RuleBasedStateMachine):
     @rule(keys=_keys, pick=st.integers(0, 1 << 16))
     def backfill(self, keys: list[int], pick: int) -> None:
         """Backfill with an epoch that was remembered."""
-        epoch = self._epochs[pick % len(self._epochs)]
+        epoch: Any = self._epochs[pick % len(self._epochs)]  # ordered, of any kind
         current = self._tier.epoch(SPEC.tag)
         block = self._block(keys)
         stored = self._tier.backfill(SPEC.tag, block.keys, block.rows, epoch)
@@ -100,7 +101,8 @@ class TierMachine(RuleBasedStateMachine):
         assert len(taken) == stored
         assert epoch < current or stored == len(keys)
         for key in taken:
-            assert max(self._written.get(key, 0), self._load_epoch) <= epoch
+            assert self._load_epoch <= epoch
+            assert self._written.get(key, self._load_epoch) <= epoch
             self._rows[key] = given[key]
 
     @rule(keys=_keys)
@@ -136,8 +138,8 @@ class TierMachine(RuleBasedStateMachine):
         if not self._persistent:
             self._rows = {}
         self._written = {}
-        self._load_epoch = 0
-        self._epochs = [self._tier.epoch(SPEC.tag)]
+        self._load_epoch = self._tier.epoch(SPEC.tag)
+        self._epochs = [self._load_epoch]
 
     @rule(block_rows=st.integers(1, 9))
     def iterate(self, block_rows: int) -> None:

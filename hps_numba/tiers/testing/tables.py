@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hps_numba.errors import ClosedError, ConfigError, UnknownTableError
-from hps_numba.tiers.base import Tier
+from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.tiers.testing.suite import (
     EXTREME_KEYS,
     SPEC,
@@ -26,22 +26,24 @@ from hps_numba.tiers.testing.suite import (
 )
 from hps_numba.types import RowBlock, RowDtype, TableSpec
 
-USES: dict[str, Callable[[Tier, str], object]] = {
-    "fetch": lambda tier, tag: tier.fetch(
+USES: dict[str, Callable[[Tier, str, Epoch], object]] = {
+    "fetch": lambda tier, tag, _: tier.fetch(
         tag, keys_of(1), filled_rows(SPEC, 1, 0.0), np.zeros(1, np.bool_)
     ),
-    "insert": lambda tier, tag: tier.insert(tag, keys_of(1), filled_rows(SPEC, 1, 0.0)),
-    "delete": lambda tier, tag: tier.delete(tag, keys_of(1)),
-    "load": lambda tier, tag: tier.load(tag, []),
-    "epoch": lambda tier, tag: tier.epoch(tag),
-    "hold": lambda tier, tag: tier.hold(tag).__enter__(),
-    "backfill": lambda tier, tag: tier.backfill(
-        tag, keys_of(1), filled_rows(SPEC, 1, 0.0), 0
+    "insert": lambda tier, tag, _: tier.insert(
+        tag, keys_of(1), filled_rows(SPEC, 1, 0.0)
     ),
-    "evict": lambda tier, tag: tier.evict(tag),
-    "iterate": lambda tier, tag: list(tier.iterate(tag)),
-    "size": lambda tier, tag: tier.size(tag),
-    "stats": lambda tier, tag: tier.stats(tag),
+    "delete": lambda tier, tag, _: tier.delete(tag, keys_of(1)),
+    "load": lambda tier, tag, _: tier.load(tag, []),
+    "epoch": lambda tier, tag, _: tier.epoch(tag),
+    "hold": lambda tier, tag, _: tier.hold(tag).__enter__(),
+    "backfill": lambda tier, tag, epoch: tier.backfill(
+        tag, keys_of(1), filled_rows(SPEC, 1, 0.0), epoch
+    ),
+    "evict": lambda tier, tag, _: tier.evict(tag),
+    "iterate": lambda tier, tag, _: list(tier.iterate(tag)),
+    "size": lambda tier, tag, _: tier.size(tag),
+    "stats": lambda tier, tag, _: tier.stats(tag),
 }
 
 
@@ -85,7 +87,7 @@ class TableContract(TierSuite):
     @pytest.mark.parametrize("use", list(USES))
     def test_unknown_tables_are_refused(self, tier: Tier, use: str) -> None:
         with pytest.raises(UnknownTableError, match=r"hps_et\.model\.absent"):
-            USES[use](tier, "hps_et.model.absent")
+            USES[use](tier, "hps_et.model.absent", tier.epoch(SPEC.tag))
 
     def test_a_dropped_table_is_gone(self, tier: Tier) -> None:
         tier.insert(SPEC.tag, keys_of(1), filled_rows(SPEC, 1, 1.0))
@@ -175,10 +177,11 @@ class TableContract(TierSuite):
 
     @pytest.mark.parametrize("use", list(USES))
     def test_a_closed_tier_refuses_use(self, tier: Tier, use: str) -> None:
+        epoch = tier.epoch(SPEC.tag)
         tier.close()
         tier.close()
         with pytest.raises(ClosedError):
-            USES[use](tier, SPEC.tag)
+            USES[use](tier, SPEC.tag, epoch)
 
     def test_a_closed_tier_refuses_tables(self, tier: Tier) -> None:
         tier.close()

@@ -136,6 +136,16 @@ class ValueContract(TierSuite):
         np.testing.assert_array_equal(out[:, 0], [0, 1, 1, 2, 2, 3, 3, 0])
         np.testing.assert_array_equal(found, out[:, 0] > 0)
 
+    @pytest.mark.parametrize("n_keys", [0, 1, 1000])
+    def test_an_order_has_every_position_once(self, tier: Tier, n_keys: int) -> None:
+        keys = np.random.default_rng(4).permutation(np.arange(-500, 500))[:n_keys]
+        rows = random_rows(SPEC, n_keys)
+        tier.insert(SPEC.tag, keys, rows)
+        order = tier.arrange(SPEC.tag, keys)
+        if order is not None:
+            np.testing.assert_array_equal(np.sort(order), np.arange(n_keys))
+            assert_rows(tier, SPEC, keys[order], rows[order])
+
     def test_delete_removes_keys_and_counts_them(self, tier: Tier) -> None:
         tier.insert(SPEC.tag, keys_of(1, 2, 3), filled_rows(SPEC, 3, 1.0))
         assert tier.delete(SPEC.tag, keys_of(2, 3, 4)) == 2
