@@ -36,6 +36,47 @@ def copy_bytes(typingctx, dst, src, n_bytes):
 
 
 @intrinsic
+def move_bytes(typingctx, dst, src, n_bytes):
+    """Copy ``n_bytes`` from ``src`` to ``dst``; the two may overlap."""
+    signature = types.void(types.intp, types.intp, types.intp)
+
+    def codegen(context, builder, _signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [_I8P, _I8P, _I64, ir.IntType(1)])
+        memmove = builder.module.declare_intrinsic(
+            "llvm.memmove", [_I8P, _I8P, _I64], kind
+        )
+        dst_pointer = builder.inttoptr(args[0], _I8P)
+        src_pointer = builder.inttoptr(args[1], _I8P)
+        builder.call(memmove, [dst_pointer, src_pointer, args[2], ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def load_word(typingctx, address):
+    """Return the 8 bytes at an address of any alignment, the first one lowest."""
+    signature = types.uint64(types.intp)
+
+    def codegen(_context, builder, _signature, args):
+        return builder.load(builder.inttoptr(args[0], _I64P), align=1)
+
+    return signature, codegen
+
+
+@intrinsic
+def load_pair(typingctx, address):
+    """Return the 2 bytes at an address of any alignment, the first one lowest."""
+    signature = types.uint16(types.intp)
+
+    def codegen(_context, builder, _signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+        return builder.load(pointer, align=1)
+
+    return signature, codegen
+
+
+@intrinsic
 def prefetch(typingctx, address):
     """Ask for the cache line of ``address``; any address is allowed."""
     signature = types.void(types.intp)
