@@ -127,7 +127,7 @@ class Hierarchy:
         if self._in_flight is None or chunk.done:
             return
         missing = np.flatnonzero(~chunk.found)
-        unique, inverse = np.unique(chunk.keys[missing], return_inverse=True)
+        unique, inverse = self._arranged(chunk.keys[missing])
         rows, found = self._fetch_unique(self._in_flight, unique, chunk)
         chunk.resolved += scatter_rows(
             rows.view(np.uint8),
@@ -264,6 +264,21 @@ class Hierarchy:
         return self.counters.snapshot(
             self.spec.model, self.spec.name, tiers, [c.use() for c in self.caches]
         )
+
+    def _arranged(self, keys: Keys) -> tuple[Keys, NDArray[np.int64]]:
+        """Return the unique keys, and where in them each key is.
+
+        They come in the order in which the first remote tier answers them, so that it
+        writes row after row. Restoring the order of the lookup costs nothing on top:
+        rows of repeated keys are scattered anyway.
+        """
+        unique, inverse = np.unique(keys, return_inverse=True)
+        order = self._remote[0].arrange(self.spec.tag, unique)
+        if order is None:
+            return unique, inverse
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(order.size)
+        return unique[order], ranks[inverse]
 
     def _fetch_unique(
         self, in_flight: InFlight, keys: Keys, chunk: Chunk
