@@ -27,6 +27,8 @@ from types import TracebackType
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from typing_extensions import Self
 
 BUS_OFFSET = 10_000  # the cluster bus of a node listens on its port plus this
@@ -145,10 +147,11 @@ class RedisServer:
         self.binary = str(Path(binary or server_binary()).absolute())
         self.config: dict[str, str | Sequence[str]] = {**DEFAULTS, **(config or {})}
         self.tls = tls
-        self._options: dict[str, Any] = {"username": user, "password": password}
+        self._credentials: dict[str, Any] = {"username": user, "password": password}
         self._port = reserve_port()
         self._folder = Path(tempfile.mkdtemp(prefix="hps-redis-"))
         self._process: subprocess.Popen[bytes] | None = None
+        self._paused = False
         self._clients: list[redis.Redis] = []
         atexit.register(self.close)
 
@@ -172,6 +175,11 @@ class RedisServer:
     def running(self) -> bool:
         """Whether the process is there, be it paused."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def answering(self) -> bool:
+        """Whether the process is there and not paused."""
+        return self.running and not self._paused
 
     @property
     def log(self) -> str:
@@ -238,17 +246,23 @@ class RedisServer:
             for value in ([values] if isinstance(values, str) else values)
         ]
 
+    def options(self) -> dict[str, Any]:
+        """Return what a redis-py client of this server needs beside its address."""
+        if self.tls is None:
+            return dict(self._credentials)
+        return self._credentials | {
+            "ssl": True,
+            "ssl_ca_certs": str(self.tls.ca),
+            "ssl_certfile": str(self.tls.certificate),
+            "ssl_keyfile": str(self.tls.key),
+            "ssl_check_hostname": False,
+        }
+
     def client(self, *, protocol: int = 2) -> redis.Redis:
         """Return a plain client, closed with the server: a test's back door."""
-        options = self._options
-        if self.tls is not None:
-            options = options | {
-                "ssl": True,
-                "ssl_ca_certs": str(self.tls.ca),
-                "ssl_certfile": str(self.tls.certificate),
-                "ssl_keyfile": str(self.tls.key),
-                "ssl_check_hostname": False,
-            }
+        options = self.options()
+        # One retry is for a connection of before a restart; a dead server says so now.
+        options["retry"] = Retry(NoBackoff(), 1)
         client = redis.Redis("127.0.0.1", self.port, protocol=protocol, **options)
         self._clients.append(client)
         return client
@@ -261,10 +275,12 @@ class RedisServer:
     def pause(self) -> None:
         """Freeze the process: it accepts connections and answers nothing."""
         self._signal(signal.SIGSTOP)
+        self._paused = True
 
     def resume(self) -> None:
         """Let a paused process go on."""
         self._signal(signal.SIGCONT)
+        self._paused = False
 
     def stop(self) -> None:
         """Ask the process to end, and end it if it does not; nothing if it is gone."""
@@ -294,6 +310,7 @@ class RedisServer:
     def _reap(self, timeout: float | None = None) -> None:
         if self._process is not None:
             self._process.wait(timeout)
+            self._paused = False
 
     def __enter__(self) -> Self:
         """Start the server."""

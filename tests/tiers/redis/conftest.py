@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_servers import RedisServer
 
 
@@ -21,3 +22,16 @@ def server(shared_server: RedisServer) -> RedisServer:
     with shared_server.client() as client:
         client.flushall()
     return shared_server
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[RedisCluster]:
+    with RedisCluster(masters=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: RedisCluster) -> RedisCluster:
+    """Three masters, empty."""
+    shared_cluster.flush()
+    return shared_cluster
