@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from hps_numba.kernels.host import resp_read as reading
@@ -61,15 +59,16 @@ class Parser:
         found[:] = 0
         self.found = found.view(bool)
         self._buf, self.buf = guarded(capacity)
+        lure = b"\r\n$-1\r\n_\r\n0" + bytes(self.header)
+        self._lure = np.resize(as_bytes(lure), capacity)
         self.state = reading.new_state()
         self.high = 0
         self.n_consumed = 0
 
     def parse(self) -> int:
         """Parse what is in the buffer and keep what is not consumed."""
-        lure = itertools.cycle(b"\r\n$-1\r\n_\r\n0" + bytes(self.header))
-        rest = self.buf.size - self.high
-        self.buf[self.high :] = list(itertools.islice(lure, rest))
+        rest = self.buf[self.high :]
+        rest[:] = self._lure[: rest.size]
         status, low = reading.parse_rows(
             self.buf,
             0,

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from numba import njit
 
-from hps_numba.kernels.host.memory import copy_row, count_leading_zeros
+from hps_numba.kernels.host.memory import (
+    copy_row,
+    count_leading_zeros,
+    load_pair,
+    load_word,
+    move_bytes,
+)
 from hps_numba.kernels.host.scatter import scatter_rows
 
 
@@ -15,6 +21,18 @@ def copy_between(dst, src, dst_offset, src_offset, n_bytes):
         np.int64(src.ctypes.data) + src_offset,
         n_bytes,
     )
+
+
+@njit
+def word_and_pair_at(data, offset):
+    address = np.int64(data.ctypes.data) + offset
+    return load_word(address), load_pair(address)
+
+
+@njit
+def move_within(data, dst_offset, src_offset, n_bytes):
+    base = np.int64(data.ctypes.data)
+    move_bytes(base + dst_offset, base + src_offset, n_bytes)
 
 
 @njit
@@ -77,3 +95,25 @@ def test_scatter_copies_found_rows_to_all_who_asked(row_bytes):
     assert scatter_rows(rows, row_found, sources, targets, out, found) == copied
     np.testing.assert_array_equal(out, expected_out)
     np.testing.assert_array_equal(found, expected_found)
+
+
+def test_loads_of_any_alignment_have_the_first_byte_lowest():
+    data = np.random.default_rng(4).integers(0, 256, 64, dtype=np.uint8)
+    for offset in range(57):
+        word, pair = word_and_pair_at(data, offset)
+        assert int(word) == int.from_bytes(
+            data[offset : offset + 8].tobytes(), "little"
+        )
+        assert int(pair) == int.from_bytes(
+            data[offset : offset + 2].tobytes(), "little"
+        )
+
+
+@pytest.mark.parametrize("shift", [-300, -9, -1, 0, 1, 9, 300])
+def test_bytes_may_move_onto_themselves(shift):
+    data = np.random.default_rng(5).integers(0, 256, 2_000, dtype=np.uint8)
+    for n_bytes in (0, 1, 8, 100, 1_000):
+        expected = data.copy()
+        expected[500 + shift : 500 + shift + n_bytes] = data[500 : 500 + n_bytes]
+        move_within(data, 500 + shift, 500, n_bytes)
+        np.testing.assert_array_equal(data, expected)
