@@ -1,0 +1,1 @@
+"""The Redis tier: a volatile database that many servers share."""
