@@ -15,7 +15,8 @@ from bench.records import Result
 from bench.servers import Served, looking_up, two_tier_server
 from bench.setups import spec, warm
 from bench.workloads import Sampler, uniform
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.types import FailureMode
 
 LOOKUP = "HPS.lookup"

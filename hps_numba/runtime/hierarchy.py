@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hps_numba.errors import CacheError, DeviceError, TierError, UpdateError
 from hps_numba.kernels.host.scatter import scatter_rows
 from hps_numba.runtime.backfill import Backfill, BackfillQueue
+from hps_numba.runtime.chunk import Chunk, Watch
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
 from hps_numba.runtime.upper import UpperCache, evict_in_any_case, replace_rows
@@ -28,23 +29,6 @@ from hps_numba.tiers.model_files import Fingerprint
 from hps_numba.types import FailureMode, Keys, Mask, Rows, TableSpec
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Chunk:
-    """Some keys of one lookup, the rows to write, and what is known so far."""
-
-    keys: Keys
-    out: Rows
-    found: Mask
-    resolved: int = 0
-    joined: int = 0
-    degraded: bool = False
-
-    @property
-    def done(self) -> bool:
-        """Whether every key is resolved."""
-        return self.resolved == self.keys.size
 
 
 class Hierarchy:
@@ -112,7 +96,7 @@ class Hierarchy:
             asked = n_keys - chunk.resolved
             if asked == 0:
                 return
-            hits = self._ask(tier, chunk, chunk.out, asked)
+            hits = self._ask(tier, chunk, chunk.out, asked, chunk.watch)
             chunk.resolved += hits
             self.counters.add_use(tier.name, asked, hits)
 
@@ -287,7 +271,7 @@ class Hierarchy:
         failed = True
         try:
             boarding = in_flight.board(keys, flight)
-            self._fly(flight)
+            self._fly(flight, chunk.watch)
             failed = False
         finally:
             in_flight.land(flight, failed=failed)
@@ -301,7 +285,7 @@ class Hierarchy:
             wait.flight.landed.wait()
             if wait.flight.failed:
                 own = Flight(0, keys[wait.mine], *self._blank(wait.mine.size))
-                self._fly(own)
+                self._fly(own, chunk.watch)
                 rows[wait.mine], found[wait.mine] = own.rows, own.found
                 chunk.degraded |= own.degraded
             else:
@@ -311,7 +295,7 @@ class Hierarchy:
                 chunk.joined += wait.mine.size
         return rows, found
 
-    def _fly(self, flight: Flight) -> None:
+    def _fly(self, flight: Flight, watch: Watch | None) -> None:
         """Fetch the keys of a flight from tier to tier and backfill what was found."""
         tag = self.spec.tag
         # Read before the rows are: see "No resurrection" in tiers.base.
@@ -322,7 +306,7 @@ class Hierarchy:
             if asked == 0:
                 return
             before = flight.found.copy()
-            hits = self._ask(tier, flight, flight.rows, asked)
+            hits = self._ask(tier, flight, flight.rows, asked, watch)
             n_found += hits
             self.counters.add_use(tier.name, asked, hits)
             if hits and self._backfills is not None:
@@ -333,8 +317,16 @@ class Hierarchy:
                 for upper, epoch in zip(self.tiers[:level], epochs, strict=False):
                     self._backfills.put(Backfill(upper, tag, keys, rows, epoch))
 
-    def _ask(self, tier: Tier, part: Chunk | Flight, rows: Rows, asked: int) -> int:
+    def _ask(
+        self,
+        tier: Tier,
+        part: Chunk | Flight,
+        rows: Rows,
+        asked: int,
+        watch: Watch | None,
+    ) -> int:
         """Fetch the ``asked`` keys that are not found yet; return how many it had."""
+        begin_s = perf_counter() if watch else 0.0
         try:
             return tier.fetch(self.spec.tag, part.keys, rows, part.found)
         except TierError as exc:
@@ -343,6 +335,9 @@ class Hierarchy:
             part.degraded = True
             logger.warning("tier=%s degraded tag=%s: %s", tier.name, self.spec.tag, exc)
             return int(np.count_nonzero(part.found)) - (part.keys.size - asked)
+        finally:
+            if watch:
+                watch(tier.name, begin_s, perf_counter())
 
     def _write(self, keys: Keys, rows: Rows | None) -> None:
         step = self._write_rows

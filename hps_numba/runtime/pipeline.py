@@ -24,15 +24,20 @@ from time import perf_counter
 from typing import Protocol, TypeVar
 
 from hps_numba.errors import ClosedError, HPSError
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.hierarchy import Hierarchy
 
 _T = TypeVar("_T")
 
 BUFFERS = 2
 
 Observer = Callable[[str, int, float, float], None]
-"""Called with a stage (``local``, ``remote``, ``take``, ``give``), a chunk's number,
-begin and end in s."""
+"""Called with a stage, a chunk's number, begin and end in s.
+
+Stages are ``local``, ``remote``, ``take`` and ``give``; and, within the first two, the
+name of each tier while it is asked, whether it answers or fails. Called by several
+threads at once.
+"""
 
 
 class Blocks(Protocol):
@@ -94,6 +99,7 @@ class Pipeline:
 
         try:
             for number, (hierarchy, chunk) in enumerate(work):
+                self._watch(number, chunk)
                 if blocks is not None:
                     while flying and flying[0][0] <= number - BUFFERS:
                         land()
@@ -113,6 +119,14 @@ class Pipeline:
         finally:
             # What has not begun need not; nobody would ever wake who waits for it.
             wait([future for _, future in flying if not future.cancel()])
+
+    def _watch(self, number: int, chunk: Chunk) -> None:
+        """Let the observer be told of the tiers that a chunk's keys are asked of."""
+        observer = self._observer
+        if observer is not None:
+            chunk.watch = lambda tier, begin_s, end_s: observer(
+                tier, number, begin_s, end_s
+            )
 
     def _fly(self, number: int, hierarchy: Hierarchy, chunk: Chunk) -> Future[None]:
         step = hierarchy.ask_remote

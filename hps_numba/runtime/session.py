@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from hps_numba.config import InferenceParams
 from hps_numba.errors import DeviceError, UnknownTableError
 from hps_numba.runtime.arrays import as_flags, as_keys, as_output, check_length
+from hps_numba.runtime.chunk import Chunk
 from hps_numba.runtime.gate import Gate
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.pipeline import Pipeline
 from hps_numba.types import Mask, Rows
 

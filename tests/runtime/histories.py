@@ -12,7 +12,8 @@ import numpy as np
 
 from hps_numba.errors import UpdateError
 from hps_numba.runtime.backfill import Backfill
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.inflight import _REGISTER, Boarding, Flight, InFlight
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.host import HostTier

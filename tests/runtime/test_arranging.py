@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import FailureMode, Keys, TableSpec

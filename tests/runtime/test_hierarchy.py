@@ -8,7 +8,8 @@ import pytest
 
 from hps_numba.errors import TierUnavailableError, UpdateError
 from hps_numba.runtime.backfill import BackfillQueue
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.inflight import _REGISTER
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import FailureMode, Keys, TableSpec

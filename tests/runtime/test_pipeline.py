@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hps_numba.errors import ClosedError, TierUnavailableError
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.pipeline import BUFFERS, Pipeline
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import FailureMode, Keys, TableSpec
@@ -129,7 +130,7 @@ def test_a_lookup_of_one_chunk_changes_no_thread(parts: Parts) -> None:
         parts.executor, lambda *_: threads.append(threading.get_ident())
     )
     pipeline.run([(parts.table, chunk)])
-    assert threads == [threading.get_ident()] * 2
+    assert threads == [threading.get_ident()] * 4  # two stages, a tier in each
 
 
 def test_a_chunk_that_the_first_tier_resolves_has_no_remote_stage(parts: Parts) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hps_numba.kernels.cuda.gpu import Gpu
+from hps_numba.runtime.chunk import Chunk
 from hps_numba.runtime.gpu.cache import GpuCache
 from hps_numba.runtime.gpu.lane import Lane
 from hps_numba.runtime.gpu.staging import Staged
 from hps_numba.runtime.gpu.table_cache import TableCache
-from hps_numba.runtime.hierarchy import Chunk, Hierarchy
+from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.types import Keys, Mask
 
 if TYPE_CHECKING:
