@@ -8,8 +8,6 @@ connection is reused which still has something to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from socket import socket
 from typing import Any, Final, TypeAlias
@@ -33,7 +31,6 @@ __all__ = [
     "Client",
     "RedisOptions",
     "RedisTls",
-    "borrowed",
     "connect",
     "map_exceptions",
     "raw_socket",
@@ -41,6 +38,7 @@ __all__ = [
 
 DEFAULT_PORT: Final = 6379
 OLDEST: Final = (6, 2)
+SPARE_CONNECTIONS: Final = 8  # beside those of lookups: for writes, lists and checks
 # "[::1]:6379", "host:6379" or "host"
 _SEED: Final = re.compile(r"^(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]@/]+))(?::(\d{1,5}))?$")
 
@@ -63,7 +61,7 @@ class RedisOptions:
     timeout_s, connect_timeout_s
         How long a reply and a connection may take, in seconds.
     max_connections
-        Connections to each node; who finds all of them busy waits ``timeout_s``.
+        Connections to each node for lookups; writes and checks have some more.
     protocol
         The version of RESP, 2 or 3.
     """
@@ -101,7 +99,7 @@ class RedisOptions:
             "protocol": self.protocol,
             "socket_timeout": self.timeout_s,
             "socket_connect_timeout": self.connect_timeout_s,
-            "max_connections": self.max_connections,
+            "max_connections": self.max_connections + SPARE_CONNECTIONS,
             "timeout": self.timeout_s,
             # With notifications redis-py takes unread data for one of them, and a
             # connection that comes back with half a reply unread would give it to the
@@ -141,25 +139,12 @@ def connect(options: RedisOptions) -> Client:
     ) from silent[0]
 
 
-@contextmanager
-def borrowed(pool: redis.ConnectionPool) -> Iterator[AbstractConnection]:
-    """Lend a connection for raw use; after any error it is closed, never reused."""
-    connection = pool.get_connection()
-    try:
-        yield connection
-    except BaseException:
-        connection.disconnect()
-        raise
-    finally:
-        pool.release(connection)
-
-
 def raw_socket(connection: AbstractConnection) -> socket:
-    """Return the connected socket of a borrowed connection, plain or TLS.
+    """Return the connected socket of a connection, plain or TLS.
 
     redis-py can send bytes but not receive them into a buffer, hence this one look at
     what it keeps to itself. The parser must have nothing buffered: true of a
-    connection that was just borrowed.
+    connection that its pool just gave out.
     """
     found = connection._sock
     if found is None:

@@ -1,0 +1,201 @@
+"""Fetching rows: rounds over lanes, and what becomes of keys that were not answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from redis.exceptions import MovedError
+
+from hps_numba.errors import TierCorruptionError, TierError, TierUnavailableError
+from hps_numba.tiers.redis.channel import Batch, Channel, Trouble
+from hps_numba.tiers.redis.errors import map_exceptions, translate
+from hps_numba.tiers.redis.health import Health
+from hps_numba.tiers.redis.lane import Lanes
+from hps_numba.tiers.redis.layout import KEY_BYTES, Bytes, Layout, Numbers
+from hps_numba.tiers.redis.replies import Fate, as_exception, fate_of
+from hps_numba.tiers.redis.table import RedisTable
+from hps_numba.tiers.redis.topology import Node, Topology
+from hps_numba.types import Keys, Mask
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 4  # a slot may move once more while one follows it
+
+
+@dataclass
+class _Outcome:
+    """What a round left over."""
+
+    again: list[Numbers] = field(default_factory=list)  # to ask for in another round
+    moving: list[Numbers] = field(default_factory=list)  # in a slot that is moved now
+    errors: list[TierError] = field(default_factory=list)
+
+
+class Reader:
+    """Reads rows of tables. Thread-safe.
+
+    Parameters
+    ----------
+    topology
+        Which server has what.
+    health
+        Which servers answer.
+    lanes
+        Connections.
+    """
+
+    def __init__(self, topology: Topology, health: Health, lanes: Lanes) -> None:
+        self._topology = topology
+        self._health = health
+        self._lanes = lanes
+
+    def fetch(self, table: RedisTable, keys: Keys, out: Bytes, found: Mask) -> None:
+        """Read the rows of keys that are not found; mark those that there are.
+
+        Raises
+        ------
+        TierError
+            If a server did not answer, after the rows of all others were read.
+        """
+        layout = table.layout
+        errors: list[TierError] = []
+        asked = np.flatnonzero(~found)
+        for number in range(_ROUNDS):
+            order, bounds = table.grouped(
+                keys if asked.size == keys.size else keys[asked]
+            )
+            if asked.size < keys.size:
+                order = asked[order]
+            batch = Batch(
+                layout.reading, layout.row_header, keys, order, bounds, out, found
+            )
+            outcome = self._round(table, batch, last=number == _ROUNDS - 1)
+            errors += outcome.errors
+            for targets in outcome.moving:
+                self._follow(table, targets, batch, errors)
+            if not outcome.again:
+                break
+            asked = np.concatenate(outcome.again)
+        if errors:
+            raise errors[0]
+
+    def _round(self, table: RedisTable, batch: Batch, *, last: bool) -> _Outcome:
+        outcome = _Outcome()
+        work = self._work(table, batch.bounds, outcome)
+        with self._lanes.lane() as lane:
+            channels, troubles = lane.read(batch, work)
+            for channel in channels:
+                _check_widths(table, channel, batch.keys, outcome)
+        for trouble in troubles:
+            self._judge(table, trouble, outcome, last=last)
+        return outcome
+
+    def _work(
+        self, table: RedisTable, bounds: Numbers, outcome: _Outcome
+    ) -> Sequence[tuple[Node, Numbers]]:
+        """Return who is to be asked for which partitions."""
+        nodes: dict[str, Node] = {}
+        parts: dict[str, list[int]] = {}
+        for partition in np.flatnonzero(np.diff(bounds)).tolist():
+            try:
+                node = self._topology.node(table.slots[partition])
+                self._health.check(node)
+            except TierError as exc:
+                outcome.errors.append(exc)
+                continue
+            nodes[node.name] = node
+            parts.setdefault(node.name, []).append(partition)
+        return [(nodes[name], np.array(p, np.int64)) for name, p in parts.items()]
+
+    def _judge(
+        self, table: RedisTable, trouble: Trouble, outcome: _Outcome, *, last: bool
+    ) -> None:
+        error = trouble.error
+        if isinstance(error, str):
+            error = as_exception(error)
+        fate = fate_of(error)
+        logger.debug(
+            "redis server=%s keys=%d %s: %r",
+            trouble.node.name,
+            trouble.targets.size,
+            fate.name,
+            error,
+        )
+        if fate is Fate.MOVED and isinstance(error, MovedError) and not last:
+            self._topology.moved(error)
+            outcome.again.append(trouble.targets)
+        elif fate is Fate.RECONNECT and not last:
+            outcome.again.append(trouble.targets)
+        elif fate is Fate.MOVING:
+            outcome.moving.append(trouble.targets)
+        else:
+            if fate is not Fate.REFUSED:
+                self._health.failed(trouble.node, error)
+            outcome.errors.append(tier_error(error, trouble.node, table.spec.tag))
+
+    def _follow(
+        self, table: RedisTable, targets: Numbers, batch: Batch, errors: list[TierError]
+    ) -> None:
+        """Read keys of a slot that is being moved; redis-py finds where each is."""
+        layout, keys = table.layout, batch.keys[targets]
+        order, bounds = table.grouped(keys)
+        raw = keys.tobytes()
+        names = [raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)]
+        try:
+            for partition in np.flatnonzero(np.diff(bounds)).tolist():
+                part = order[bounds[partition] : bounds[partition + 1]].tolist()
+                rows = self._read_each(layout, partition, [names[i] for i in part])
+                for i, row in zip(part, rows, strict=True):
+                    if row is None:
+                        continue
+                    if len(row) != table.spec.row_bytes:
+                        errors.append(_wrong_width(table, int(keys[i]), len(row)))
+                        continue
+                    batch.out[targets[i]] = np.frombuffer(row, np.uint8)
+                    batch.found[targets[i]] = True
+        except TierError as exc:
+            errors.append(exc)
+
+    def _read_each(
+        self, layout: Layout, partition: int, names: list[bytes]
+    ) -> list[Any]:
+        client = self._topology.client
+        with map_exceptions(layout.spec.tag):
+            if layout.has_hashes:
+                found: list[Any] = client.hmget(layout.rows_key(partition), names)
+                return found
+            return [client.get(layout.row_key(partition, name)) for name in names]
+
+
+def tier_error(error: Exception, node: Node, tag: str) -> TierError:
+    """Return what a caller is told of an error of a server."""
+    found = translate(error, tag=tag, node=node.name)
+    if isinstance(found, TierError):
+        return found
+    # A configuration was right when the tier was opened.
+    return TierUnavailableError(str(found), tier="redis", tag=tag)
+
+
+def _check_widths(
+    table: RedisTable, channel: Channel, keys: Keys, outcome: _Outcome
+) -> None:
+    n_wrong, target, n_bytes = channel.wrong
+    if n_wrong:
+        outcome.errors.append(_wrong_width(table, int(keys[target]), n_bytes, n_wrong))
+
+
+def _wrong_width(
+    table: RedisTable, key: int, n_bytes: int, n_wrong: int = 1
+) -> TierCorruptionError:
+    spec = table.spec
+    return TierCorruptionError(
+        f"{n_wrong} value(s) are no rows of dim {spec.dim}, {spec.dtype.value} "
+        f"({spec.row_bytes} bytes); key {key} has {n_bytes} bytes: another table shape "
+        f"was written under this name",
+        tier="redis",
+        tag=spec.tag,
+    )

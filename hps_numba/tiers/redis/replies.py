@@ -1,0 +1,84 @@
+"""What an error of a server means for the keys that it was asked for."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    ConnectionError,
+    ExecAbortError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+    TryAgainError,
+)
+
+_BY_CODE: dict[str, type[RedisError]] = {
+    "ASK": AskError,
+    "CLUSTERDOWN": ClusterDownError,
+    "LOADING": BusyLoadingError,
+    "MASTERDOWN": MasterDownError,
+    "MOVED": MovedError,
+    "NOAUTH": AuthenticationError,
+    "NOPERM": NoPermissionError,
+    "OOM": OutOfMemoryError,
+    "READONLY": ReadOnlyError,
+    "TRYAGAIN": TryAgainError,
+}
+# What another server, or the same one later, may answer.
+_DOWN = (BusyLoadingError, ClusterDownError, MasterDownError, ReadOnlyError)
+_LOST = (ConnectionError, TimeoutError, OSError)
+
+
+class Fate(Enum):
+    """What is to be done about keys that were not answered."""
+
+    MOVED = "ask the server that has them now"
+    MOVING = "ask for each key by itself, wherever it is"
+    RECONNECT = "ask again over a new connection"
+    DOWN = "leave the server alone until it answers"
+    REFUSED = "tell the caller"
+
+
+def as_exception(text: str) -> RedisError:
+    """Return an error reply as redis-py would raise it."""
+    code, _, rest = text.partition(" ")
+    kind = _BY_CODE.get(code)
+    return ResponseError(text) if kind is None else kind(rest)
+
+
+def fate_of(error: Exception) -> Fate:
+    """Return what to do about the keys of a command that ended so."""
+    if isinstance(error, MovedError):  # which is an AskError to redis-py
+        return Fate.MOVED
+    if isinstance(error, AskError | TryAgainError):
+        return Fate.MOVING
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return Fate.RECONNECT
+    if isinstance(error, AuthenticationError | NoPermissionError):
+        return Fate.REFUSED  # some of these are ConnectionErrors to redis-py
+    if isinstance(error, (*_DOWN, *_LOST)):
+        return Fate.DOWN
+    return Fate.REFUSED
+
+
+def first_error(replies: list[object]) -> Exception | None:
+    """Return the first error among replies, the cause before what it aborted."""
+    found: Exception | None = None
+    for reply in replies:
+        if isinstance(reply, list):
+            reply = first_error(reply)
+        if isinstance(reply, Exception):
+            if not isinstance(reply, ExecAbortError):
+                return reply
+            found = found or reply
+    return found

@@ -1,0 +1,89 @@
+"""One open table of the Redis tier."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from time import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hps_numba.kernels.host.hashing import group_by_partition
+from hps_numba.tiers.host_table import Overflow
+from hps_numba.tiers.redis.layout import Bytes, Layout, Numbers
+from hps_numba.tiers.redis.scripts import N_BUCKETS
+from hps_numba.tiers.stamps import UpdateStamps
+from hps_numba.types import Keys, OverflowPolicy, TableSpec
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_BUCKET_BITS = N_BUCKETS.bit_length() - 1
+
+
+class RedisTable:
+    """What this process knows of a table. ``lock`` serialises its writers.
+
+    Parameters
+    ----------
+    layout
+        Where the table lies.
+    slots
+        The slot of each partition.
+    numbers
+        Each partition's update number, as the server gave it.
+    overflow
+        What full partitions do.
+    """
+
+    def __init__(
+        self, layout: Layout, slots: list[int], numbers: list[int], overflow: Overflow
+    ) -> None:
+        self.layout = layout
+        self.overflow = overflow
+        self.slots = slots
+        self.lock = threading.Lock()
+        self.stamps = UpdateStamps()  # guarded by lock
+        self._numbers = numbers  # guarded by lock
+        self.refused_backfills = 0  # guarded by lock
+        self.evictions = 0  # guarded by lock
+        self.dropped_rows = 0
+
+    @property
+    def spec(self) -> TableSpec:
+        """The table."""
+        return self.layout.spec
+
+    @property
+    def epoch(self) -> tuple[int, ...]:
+        """The epoch of this process, and each partition's number as last seen."""
+        return (self.stamps.epoch, *self._numbers)
+
+    def held(self, keys: Keys | None) -> AbstractContextManager[None]:
+        """Refuse backfills of keys (of all, if None) while the context lasts."""
+        return self.stamps.held(self.lock, keys)
+
+    def use(self) -> bytes | None:
+        """Return what is noted of a row that is written now; None notes nothing."""
+        policy, limited = self.overflow.policy, self.overflow.margin is not None
+        if limited and policy is OverflowPolicy.EVICT_OLDEST:
+            return int(time()).to_bytes(8, "little")
+        if limited and policy is OverflowPolicy.EVICT_LEAST_USED:
+            return b"0"
+        # Strings are not counted by partition but by what is noted of them.
+        return b"0" if limited and not self.layout.has_hashes else None
+
+    def see_locked(self, partition: int, number: int) -> None:
+        """Note a partition's update number; they only grow."""
+        self._numbers[partition] = max(self._numbers[partition], number)
+
+    def grouped(self, keys: Keys) -> tuple[Numbers, Numbers]:
+        """Return the positions of keys by partition, and each partition's bounds."""
+        order, bounds = group_by_partition(keys, self.layout.n_partitions)
+        return order, bounds
+
+
+def buckets_of(keys: Keys) -> Bytes:
+    """Return the stamp bucket of each key: two bytes, as fields of the stamps."""
+    mixed: NDArray[np.uint64] = keys.view(np.uint64) * _MIX
+    buckets = (mixed >> np.uint64(64 - _BUCKET_BITS)).astype("<u2")
+    return buckets.view(np.uint8)

@@ -1,0 +1,358 @@
+"""The Redis tier: tables in a Redis Cluster or a single server, shared by servers."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from hps_numba.config.enums import RedisLayout
+from hps_numba.errors import ClosedError, ConfigError, TierError, UnknownTableError
+from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_kernel
+from hps_numba.tiers.base import Epoch, LastingTier, TierStats
+from hps_numba.tiers.host_table import Overflow
+from hps_numba.tiers.redis import scanning
+from hps_numba.tiers.redis.client import RedisOptions, connect
+from hps_numba.tiers.redis.errors import map_exceptions
+from hps_numba.tiers.redis.exchange import Exchange
+from hps_numba.tiers.redis.health import Health, NodeState
+from hps_numba.tiers.redis.lane import Lanes
+from hps_numba.tiers.redis.layout import Layout
+from hps_numba.tiers.redis.reading import Reader
+from hps_numba.tiers.redis.registry import Registry
+from hps_numba.tiers.redis.scripts import LEASE_US, OPEN
+from hps_numba.tiers.redis.table import RedisTable
+from hps_numba.tiers.redis.topology import Topology
+from hps_numba.tiers.redis.writing import Writer
+from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+
+_ROW_OVERHEAD = {RedisLayout.STRINGS: 121, RedisLayout.HASHES: 89}  # bytes, measured
+_RENEW_S = LEASE_US / 1e6 / 3
+
+
+class RedisTier(LastingTier):
+    """Tables in Redis.
+
+    Parameters
+    ----------
+    options
+        Where the servers are, and how to reach them.
+    num_partitions
+        Partitions per table; part of the names of keys, so all servers agree on it.
+    layout
+        Strings, or HugeCTR's hashes.
+    max_batch_size
+        Most keys of one round to the servers.
+    overflow
+        Which rows a partition gives up that has more than a margin.
+    wait_replicas
+        Replicas of each server that have to confirm a write before it is acknowledged.
+
+    Raises
+    ------
+    ConfigError
+        If the servers refuse the user, or the certificate is not theirs.
+    TierUnavailableError
+        If no server answers.
+
+    Notes
+    -----
+    Thread-safe. See ``scripts`` for what keeps servers from undoing each other's
+    updates. ``fetch`` reads what the servers that answer have, and raises after that if
+    others did not.
+    """
+
+    name = "redis"
+    local = False
+
+    def __init__(
+        self,
+        options: RedisOptions,
+        *,
+        num_partitions: int = 16,
+        layout: RedisLayout = RedisLayout.STRINGS,
+        max_batch_size: int = 65_536,
+        overflow: Overflow | None = None,
+        wait_replicas: int = 0,
+    ) -> None:
+        for option, value in (
+            ("num_partitions", num_partitions),
+            ("max_batch_size", max_batch_size),
+        ):
+            if value < 1:
+                raise ConfigError(f"Redis: {option}={value}; it is 1 or more")
+        self._num_partitions = num_partitions
+        self._kind = RedisLayout(layout)
+        self._max_batch_size = max_batch_size
+        self._overflow = overflow or Overflow()
+        self._topology = Topology(connect(options))
+        self._registry = Registry(self._topology.client)
+        self._health = Health(self._topology)
+        self._lanes = Lanes(options.max_connections, options.timeout_s)
+        self._reader = Reader(self._topology, self._health, self._lanes)
+        exchange = Exchange(
+            self._topology,
+            self._health,
+            n_replicas=wait_replicas,
+            timeout_s=options.timeout_s,
+        )
+        self._writer = Writer(self._topology, self._health, exchange)
+        self._lock = threading.Lock()
+        self._tables: dict[str, RedisTable] = {}  # written under _lock
+        self._closed = False
+
+    def open_table(self, spec: TableSpec, *, max_bytes: int | None = None) -> None:
+        """Enter the table; Redis has one memory limit for all, so it has no share."""
+        self._check_open()
+        layout = Layout(spec, self._kind, self._num_partitions)
+        self._registry.add(layout)
+        keys = [layout.stamps_key(p) for p in range(layout.n_partitions)]
+        with map_exceptions(spec.tag):
+            numbers = [int(self._topology.client.eval(OPEN, 1, key)) for key in keys]
+        slots = [self._topology.slot(key) for key in keys]
+        with self._lock:
+            if spec.tag not in self._tables:
+                table = RedisTable(layout, slots, numbers, self._overflow)
+                self._tables[spec.tag] = table
+
+    def fetch(
+        self,
+        tag: str,
+        keys: Keys,
+        out: Rows,
+        found: Mask,
+        *,
+        budget_s: float = math.inf,
+    ) -> int:
+        """Copy known rows; see ``Tier.fetch``.
+
+        Raises
+        ------
+        TierError
+            If a server does not answer, after the rows of the others were copied.
+        """
+        with self._using(tag) as table:
+            check_rows(table.spec, keys, out)
+            check_output(table.spec, out, found)
+            keys = for_kernel(keys)
+            before = int(np.count_nonzero(found))
+            end_s = monotonic() + budget_s
+            as_bytes, step = out.view(np.uint8), self._max_batch_size
+            for low in range(0, keys.size, step):
+                if monotonic() >= end_s:
+                    break
+                part = slice(low, low + step)
+                self._reader.fetch(table, keys[part], as_bytes[part], found[part])
+            return int(np.count_nonzero(found)) - before
+
+    def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
+        """Store the newest rows of keys."""
+        with self._using(tag) as table:
+            check_rows(table.spec, keys, rows)
+            self._update(table, keys, rows)
+
+    def delete(self, tag: str, keys: Keys) -> int:
+        """Remove keys for good."""
+        with self._using(tag) as table:
+            check_keys(table.spec, keys)
+            return self._update(table, keys, None)
+
+    def load(
+        self,
+        tag: str,
+        blocks: Iterable[RowBlock],
+        *,
+        progress: Progress | None = None,
+        ascending: bool = False,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Replace all rows, key by key; ``ascending`` makes no difference."""
+        with self._using(tag) as table:
+            self._registry.set_fingerprint(tag, None)
+            self._stamp_all(table, LEASE_US)
+            before = self._keys(table)
+            loaded: list[Keys] = []
+            n_rows, renew_s = 0, monotonic() + _RENEW_S
+            for block in blocks:
+                check_rows(table.spec, block.keys, block.rows)
+                with table.lock:
+                    self._writer.put(table, block.keys, block.rows)
+                if before.size:
+                    loaded.append(block.keys.copy())
+                n_rows += len(block)
+                if progress is not None:
+                    progress(len(block))
+                if monotonic() >= renew_s:
+                    self._stamp_all(table, LEASE_US)
+                    renew_s = monotonic() + _RENEW_S
+            gone = np.setdiff1d(before, np.concatenate([before[:0], *loaded]))
+            self._evict(table, gone)
+            self._stamp_all(table, 0)
+            self._registry.set_fingerprint(tag, fingerprint)
+            return n_rows
+
+    def fingerprint(self, tag: str) -> dict[str, Any] | None:
+        """Return what the last ``load`` of the table by any server was given."""
+        with self._using(tag):
+            entry = self._registry.entry(tag)
+            return None if entry is None else entry.fingerprint
+
+    @contextmanager
+    def loading(self, tag: str) -> Iterator[None]:
+        """Let no other server load the table while the context lasts."""
+        with self._registry.loading(self._table(tag).spec):
+            yield
+
+    def epoch(self, tag: str) -> Epoch:
+        """Return the table's update epoch here, and as last seen in Redis."""
+        return self._table(tag).epoch
+
+    def hold(self, tag: str, keys: Keys | None = None) -> AbstractContextManager[None]:
+        """Refuse backfills of these keys by this process while the context lasts.
+
+        Those of other servers are refused once the keys are written.
+        """
+        table = self._table(tag)
+        if keys is not None:
+            check_keys(table.spec, keys)
+        return table.held(keys)
+
+    def backfill(self, tag: str, keys: Keys, rows: Rows, epoch: Epoch) -> int:
+        """Store rows that a lower tier gave, unless any server wrote them since."""
+        with self._using(tag) as table:
+            check_rows(table.spec, keys, rows)
+            own, *numbers = epoch if isinstance(epoch, tuple) else (epoch,)
+            with table.lock:
+                admitted = table.stamps.admit(keys, own)
+                some = keys[admitted]
+                stored = 0
+                if some.size:
+                    stored = self._writer.backfill(
+                        table, some, rows[admitted], tuple(numbers)
+                    )
+                table.refused_backfills += keys.size - stored
+            return stored
+
+    def evict(self, tag: str, keys: Keys | None = None) -> int:
+        """Forget keys (all, if None)."""
+        with self._using(tag) as table:
+            if keys is not None:
+                check_keys(table.spec, keys)
+            return self._evict(table, self._keys(table) if keys is None else keys)
+
+    def iterate(self, tag: str, *, block_rows: int = 65_536) -> Iterator[RowBlock]:
+        """Yield the rows; keys are listed first, see ``scanning``."""
+        with self._using(tag) as table:
+            spec = table.spec
+            for keys in scanning.keys_of(self._topology, table.layout):
+                for low in range(0, keys.size, block_rows):
+                    block = keys[low : low + block_rows]
+                    rows = np.empty((block.size, spec.dim), spec.numpy_dtype)
+                    found = np.zeros(block.size, np.bool_)
+                    self._reader.fetch(table, block, rows.view(np.uint8), found)
+                    if found.any():
+                        yield RowBlock(block[found], rows[found])
+
+    def tables(self, model: str) -> list[str]:
+        """Return the model's table names."""
+        self._check_open()
+        return self._registry.names(model)
+
+    def size(self, tag: str) -> int:
+        """Return the number of rows; reads the names of all strings."""
+        with self._using(tag) as table:
+            return scanning.count(self._topology, table.layout)
+
+    def stats(self, tag: str) -> TierStats:
+        """Return the table's counters; of strings the rows are estimated."""
+        with self._using(tag) as table:
+            rows = scanning.estimate(self._topology, table.layout)
+            return TierStats(
+                rows=rows,
+                bytes=rows * (table.spec.row_bytes + _ROW_OVERHEAD[self._kind]),
+                evictions=table.evictions,
+                refused_backfills=table.refused_backfills,
+            )
+
+    def down(self) -> list[NodeState]:
+        """Return the servers that do not answer now."""
+        return self._health.down()
+
+    def drop_table(self, tag: str) -> None:
+        """Remove the table for all servers."""
+        self._check_open()
+        with self._lock:
+            table = self._tables.pop(tag, None)
+        if table is None:
+            return
+        self._evict(table, self._keys(table))
+        self._registry.remove(tag)
+        layout = table.layout
+        with map_exceptions(tag):
+            for p in range(layout.n_partitions):
+                for key in (layout.stamps_key(p), layout.uses_key(p)):
+                    self._topology.client.delete(key)
+
+    def close(self) -> None:
+        """Release all connections; those that are in use when they are given back."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._tables.clear()
+        self._lanes.close()
+        self._health.close()
+        self._topology.close()
+
+    def _update(self, table: RedisTable, keys: Keys, rows: Rows | None) -> int:
+        with table.lock:
+            try:
+                return self._writer.update(table, keys, rows)
+            finally:  # a write that failed may have happened
+                table.stamps.commit(keys)
+
+    def _stamp_all(self, table: RedisTable, lease_us: int) -> None:
+        with table.lock:
+            try:
+                self._writer.stamp_all(table, lease_us)
+            finally:
+                table.stamps.commit_all()
+
+    def _evict(self, table: RedisTable, keys: Keys) -> int:
+        evicted = 0
+        for low in range(0, keys.size, self._max_batch_size):
+            with table.lock:
+                part = keys[low : low + self._max_batch_size]
+                evicted += self._writer.evict(table, part)
+        return evicted
+
+    def _keys(self, table: RedisTable) -> Keys:
+        listed = list(scanning.keys_of(self._topology, table.layout))
+        return np.concatenate(listed) if listed else np.zeros(0, np.int64)
+
+    @contextmanager
+    def _using(self, tag: str) -> Iterator[RedisTable]:
+        """Yield an open table; what fails since the tier was closed says so."""
+        table = self._table(tag)
+        try:
+            yield table
+        except TierError as exc:
+            if self._closed:
+                raise ClosedError("the Redis tier is closed") from exc
+            raise
+
+    def _table(self, tag: str) -> RedisTable:
+        table = self._tables.get(tag)
+        if table is None:
+            self._check_open()
+            raise UnknownTableError(f"no table {tag} is open in Redis")
+        return table
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the Redis tier is closed")

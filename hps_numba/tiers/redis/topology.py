@@ -1,0 +1,117 @@
+"""Which server has which partition, as redis-py knows it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+import redis
+from redis.cluster import ClusterNode
+from redis.connection import Connection, ConnectionPool
+from redis.exceptions import MovedError, RedisClusterException, RedisError
+
+from hps_numba.errors import TierUnavailableError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A server that writes may go to."""
+
+    name: str  # host:port
+    pool: ConnectionPool
+    closing: threading.Event  # no connection is kept once it is set
+
+    def connection(self) -> Connection:
+        """Return a connected connection; the caller gives it back."""
+        return self.pool.get_connection()
+
+    def give_back(self, connection: Connection) -> None:
+        """Return a connection; one with unread replies must be disconnected before."""
+        self.pool.release(connection)
+        if self.closing.is_set():
+            connection.disconnect()
+
+
+class Topology:
+    """The servers of a client. Thread-safe.
+
+    Parameters
+    ----------
+    client
+        Of a cluster or of a single server.
+    """
+
+    def __init__(self, client: redis.Redis | redis.RedisCluster) -> None:
+        self.client = client
+        self._closing = threading.Event()
+        self._cluster: redis.RedisCluster | None = None
+        self._single: Node | None = None
+        if isinstance(client, redis.RedisCluster):
+            self._cluster = client
+        else:
+            where = client.connection_pool.connection_kwargs
+            name = f"{where['host']}:{where['port']}"
+            self._single = Node(name, client.connection_pool, self._closing)
+
+    def slot(self, key: bytes) -> int:
+        """Return the slot of a key; a single server has one slot."""
+        return int(self._cluster.keyslot(key)) if self._cluster else 0
+
+    def node(self, slot: int) -> Node:
+        """Return the server of a slot.
+
+        Raises
+        ------
+        TierUnavailableError
+            If no server has it now.
+        """
+        if self._cluster is None:
+            assert self._single is not None
+            return self._single
+        owners = self._cluster.nodes_manager.slots_cache.get(slot)
+        if not owners:
+            raise TierUnavailableError(
+                f"no server of the cluster has slot {slot}; see CLUSTER NODES",
+                tier="redis",
+            )
+        return self._node(owners[0])
+
+    def masters(self) -> list[Node]:
+        """Return every server that has slots."""
+        if self._cluster is None:
+            assert self._single is not None
+            return [self._single]
+        return [self._node(node) for node in self._cluster.get_primaries()]
+
+    def moved(self, error: MovedError) -> None:
+        """Note what the reply ``MOVED <slot> <host:port>`` says."""
+        if self._cluster is not None:
+            self._cluster.nodes_manager.move_slot(error)
+
+    def refresh(self) -> None:
+        """Ask the cluster who has what; keeps what is known if it cannot be asked."""
+        if self._cluster is None:
+            return
+        try:
+            self._cluster.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
+        except (RedisError, RedisClusterException, OSError) as exc:
+            logger.debug("topology unknown: %s", exc)
+
+    def close(self) -> None:
+        """Close idle connections now, and others when they are given back."""
+        self._closing.set()
+        for node in self._known():
+            node.pool.disconnect(inuse_connections=False)
+
+    def _known(self) -> list[Node]:
+        if self._cluster is None:
+            return self.masters()
+        return [self._node(node) for node in self._cluster.get_nodes()]
+
+    def _node(self, node: ClusterNode) -> Node:
+        assert self._cluster is not None
+        pool = self._cluster.get_redis_connection(node).connection_pool
+        return Node(node.name, pool, self._closing)

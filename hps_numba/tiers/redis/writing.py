@@ -1,0 +1,252 @@
+"""Changing rows: transactions of a stamp and rows, and plain writes without stamps.
+
+Work on a batch is cut into pieces of one partition each. A piece of an update is one
+transaction: the stamps of its keys and the rows change together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from redis.exceptions import MovedError
+
+from hps_numba.errors import TierError
+from hps_numba.tiers.arguments import for_kernel
+from hps_numba.tiers.redis.bodies import Bodies, Piece, Work
+from hps_numba.tiers.redis.channel import KEYS_PER_COMMAND
+from hps_numba.tiers.redis.exchange import Exchange, Unit
+from hps_numba.tiers.redis.health import Health
+from hps_numba.tiers.redis.layout import pack
+from hps_numba.tiers.redis.moving import write_moving
+from hps_numba.tiers.redis.reading import tier_error
+from hps_numba.tiers.redis.replies import Fate, fate_of, first_error
+from hps_numba.tiers.redis.scripts import BACKFILL, STAMP
+from hps_numba.tiers.redis.table import RedisTable, buckets_of
+from hps_numba.tiers.redis.topology import Topology
+from hps_numba.types import Keys, Rows
+
+_ATTEMPTS = 5
+_MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")
+
+
+class Writer:
+    """Writes rows of tables, whose locks the callers hold.
+
+    Parameters
+    ----------
+    topology
+        Which server has what.
+    health
+        Which servers answer.
+    exchange
+        Connections.
+    """
+
+    def __init__(self, topology: Topology, health: Health, exchange: Exchange) -> None:
+        self._topology = topology
+        self._health = health
+        self._exchange = exchange
+
+    def update(self, table: RedisTable, keys: Keys, rows: Rows | None) -> int:
+        """Put rows or (without rows) delete keys, and stamp them; count the deleted.
+
+        Raises
+        ------
+        TierError
+            If not all were written.
+        """
+        work = _work(table, keys, rows)
+        removed = 0
+
+        def settle(unit: Unit) -> None:
+            nonlocal removed
+            number, *counts = unit.replies[-1]
+            table.see_locked(unit.partition, int(number))
+            n_deleting = -(-(unit.high - unit.low) // KEYS_PER_COMMAND)
+            removed += sum(counts[:n_deleting]) if rows is None else 0
+
+        def follow(unit: Unit) -> None:
+            nonlocal removed
+            part = work.order[unit.low : unit.high]
+            given = None if work.rows is None else work.rows[part]
+            done = write_moving(
+                self._topology.client, table, unit.partition, keys[part], given
+            )
+            table.see_locked(unit.partition, done.number)
+            removed += done.removed
+
+        self._run(work, self._updates(work), settle, follow)
+        return removed
+
+    def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:
+        """Put rows without stamps, for a load."""
+        work = _work(table, keys, rows)
+        build = Bodies(work).unit
+        self._run(work, build, lambda _: None, self._follow_plain(work))
+
+    def evict(self, table: RedisTable, keys: Keys) -> int:
+        """Delete rows without stamps; return how many there were."""
+        work = _work(table, keys, None)
+        removed = 0
+
+        def settle(unit: Unit) -> None:
+            nonlocal removed
+            n_deleting = -(-(unit.high - unit.low) // KEYS_PER_COMMAND)
+            removed += sum(unit.replies[:n_deleting])
+
+        build = Bodies(work).unit
+        self._run(work, build, settle, self._follow_plain(work))
+        return removed
+
+    def stamp_all(self, table: RedisTable, lease_us: int) -> None:
+        """Refuse every backfill that began before, and for a lease."""
+        n = table.layout.n_partitions
+
+        def build(piece: Piece) -> Unit:
+            key = table.layout.stamps_key(piece[0])
+            return Unit(piece[0], [pack(b"EVAL", STAMP, 1, key, b"", lease_us)], 1)
+
+        def settle(unit: Unit) -> None:
+            table.see_locked(unit.partition, int(unit.replies[0]))
+
+        def follow(unit: Unit) -> None:
+            key = table.layout.stamps_key(unit.partition)
+            number = self._topology.client.eval(STAMP, 1, key, b"", lease_us)
+            table.see_locked(unit.partition, int(number))
+
+        none = np.zeros(0, np.int64)
+        work = Work(table, none, None, none, np.arange(n + 1, dtype=np.int64))
+        self._run(work, build, settle, follow)
+
+    def backfill(
+        self, table: RedisTable, keys: Keys, rows: Rows, numbers: tuple[int, ...]
+    ) -> int:
+        """Put rows whose keys were not stamped since ``numbers``; count them."""
+        work = _work(table, keys, rows)
+        layout, stored = table.layout, 0
+        use = table.use()
+
+        def build(piece: Piece) -> Unit:
+            p, low, high = piece
+            part = work.order[low:high]
+            assert work.rows is not None
+            names = [layout.stamps_key(p), layout.rows_key(p)]
+            names += [layout.uses_key(p)] if use is not None else []
+            command = pack(
+                b"EVAL",
+                BACKFILL,
+                len(names),
+                *names,
+                numbers[p],
+                table.spec.row_bytes,
+                b"" if layout.has_hashes else layout.prefixes[p],
+                keys[part].tobytes(),
+                buckets_of(keys[part]).tobytes(),
+                work.rows[part].tobytes(),
+                use or b"",
+            )
+            return Unit(p, [command], 1, low, high)
+
+        def settle(unit: Unit) -> None:
+            nonlocal stored
+            count, number = unit.replies[0]
+            stored += count
+            table.see_locked(unit.partition, int(number))
+
+        # In a slot that is being moved nothing is backfilled: rows and stamps may be
+        # on different servers.
+        self._run(work, build, settle, lambda _: None)
+        return stored
+
+    def _updates(self, work: Work) -> Callable[[Piece], Unit]:
+        """Return what makes a transaction of a piece."""
+        bodies, table = Bodies(work), work.table
+
+        def build(piece: Piece) -> Unit:
+            p, low, high = piece
+            body = bodies.unit(piece)
+            buckets = buckets_of(work.keys[work.order[low:high]]).tobytes()
+            key = table.layout.stamps_key(p)
+            stamp = pack(b"EVAL", STAMP, 1, key, buckets, 0)
+            commands = [_MULTI, stamp, *body.commands, _EXEC]
+            return Unit(p, commands, body.n_replies + 3, low, high)
+
+        return build
+
+    def _follow_plain(self, work: Work) -> Callable[[Unit], None]:
+        def follow(unit: Unit) -> None:
+            part = work.order[unit.low : unit.high]
+            rows = None if work.rows is None else work.rows[part]
+            write_moving(
+                self._topology.client,
+                work.table,
+                unit.partition,
+                work.keys[part],
+                rows,
+            )
+
+        return follow
+
+    def _run(
+        self,
+        work: Work,
+        build: Callable[[Piece], Unit],
+        settle: Callable[[Unit], None],
+        follow: Callable[[Unit], None],
+    ) -> None:
+        """Send the pieces of some work until all are answered, or some never will be.
+
+        ``settle`` is given what was answered, ``follow`` what is in a slot that is
+        being moved.
+        """
+        table, todo = work.table, work.pieces()
+        errors: list[TierError] = []
+        for attempt in range(_ATTEMPTS):
+            sent: list[Unit] = []
+            self._exchange.run(_building(todo, build, sent), table.slots)
+            todo = []
+            for unit in sent:
+                error = unit.error or first_error(unit.replies)
+                if error is None:
+                    settle(unit)
+                    continue
+                fate = Fate.REFUSED if isinstance(error, TierError) else fate_of(error)
+                again = fate in (Fate.MOVED, Fate.RECONNECT)
+                if again and attempt < _ATTEMPTS - 1:
+                    if isinstance(error, MovedError):
+                        self._topology.moved(error)
+                    todo.append((unit.partition, unit.low, unit.high))
+                elif fate is Fate.MOVING:
+                    follow(unit)
+                else:
+                    errors.append(self._told(unit, error, fate, table))
+            if not todo:
+                break
+        if errors:
+            raise errors[0]
+
+    def _told(
+        self, unit: Unit, error: Exception, fate: Fate, table: RedisTable
+    ) -> TierError:
+        if isinstance(error, TierError):
+            return error
+        node = self._topology.node(table.slots[unit.partition])
+        if fate is not Fate.REFUSED:
+            self._health.failed(node, error)
+        return tier_error(error, node, table.spec.tag)
+
+
+def _work(table: RedisTable, keys: Keys, rows: Rows | None) -> Work:
+    order, bounds = table.grouped(keys)
+    given = None if rows is None else for_kernel(rows).view(np.uint8)
+    return Work(table, for_kernel(keys), given, order, bounds)
+
+
+def _building(
+    pieces: list[Piece], build: Callable[[Piece], Unit], sent: list[Unit]
+) -> Iterator[Unit]:
+    """Make units one by one, as they are asked for."""
+    for piece in pieces:
+        sent.append(build(piece))
+        yield sent[-1]
