@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hps_numba.errors import UnknownTableError
+from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.stats import BackfillStats
 from hps_numba.tiers.base import Epoch, Tier
 from hps_numba.types import Keys, Rows
@@ -74,13 +75,14 @@ class BackfillQueue:
 
     def __init__(self, max_bytes: int, *, name: str = "hps-backfill") -> None:
         self._max_bytes = max_bytes
+        self._failures = FailureLog(logger)
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[Job] = deque()  # this and all below: guarded by _changed
         self._bytes = 0
         self._storing: Job | None = None
         self._closed = False
         self._failure: BaseException | None = None
-        self._stored = self._refused = self._dropped = 0
+        self._stored = self._refused = self._dropped = self._failed = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -131,7 +133,9 @@ class BackfillQueue:
         """Return the counters."""
         with self._changed:
             queued = sum(item.keys.size for item in self._queue)
-            return BackfillStats(queued, self._stored, self._refused, self._dropped)
+            return BackfillStats(
+                queued, self._stored, self._refused, self._dropped, self._failed
+            )
 
     def close(self) -> None:
         """Drop what waits and stop the thread; the second call does nothing."""
@@ -164,13 +168,15 @@ class BackfillQueue:
             return item
 
     def _store(self, item: Job) -> None:
-        stored = 0
+        stored = failed = 0
         try:
             stored = item.store()
         except UnknownTableError:
             pass  # The model was removed meanwhile.
         except Exception as exc:  # optional work: no lookup is to fail for it
-            logger.warning("backfill failed tag=%s error=%r", item.tag, exc)
+            failed = item.keys.size
+            self._failures.report("backfill failed", item.tag, exc)
         with self._changed:
             self._stored += stored
-            self._refused += item.keys.size - stored
+            self._failed += failed
+            self._refused += item.keys.size - stored - failed

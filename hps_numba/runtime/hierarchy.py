@@ -21,6 +21,7 @@ from hps_numba.errors import CacheError, DeviceError, TierError, UpdateError
 from hps_numba.kernels.host.scatter import scatter_rows
 from hps_numba.runtime.backfill import Backfill, BackfillQueue
 from hps_numba.runtime.chunk import Chunk, Watch
+from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
 from hps_numba.runtime.upper import UpperCache, evict_in_any_case, replace_rows
@@ -46,6 +47,8 @@ class Hierarchy:
         Whether a failing tier fails the lookup.
     write_rows
         Most rows of an update that become visible together.
+    failures
+        Where warnings of failing tiers go; one of its own if None.
 
     Notes
     -----
@@ -65,6 +68,7 @@ class Hierarchy:
         backfills: BackfillQueue | None,
         on_failure: FailureMode,
         write_rows: int,
+        failures: FailureLog | None = None,
     ) -> None:
         self.spec = spec
         self.tiers = tuple(tiers)
@@ -74,6 +78,7 @@ class Hierarchy:
         self._backfills = backfills
         self._on_failure = on_failure
         self._write_rows = write_rows
+        self._failures = failures or FailureLog(logger)
         n_local = sum(tier.local for tier in tiers)
         self._local, self._remote = self.tiers[:n_local], self.tiers[n_local:]
         self._in_flight = InFlight(spec) if self._remote else None
@@ -167,20 +172,30 @@ class Hierarchy:
 
         What is gone there is evicted. Returns the number of rows that were read.
         """
-        last = self.tiers[-1]
+        self._refuse_earlier_reads()
+        last, tag = self.tiers[-1], self.spec.tag
         refreshed = 0
         for tier in self.tiers[:-1]:
-            epoch = tier.epoch(self.spec.tag)
-            for block in tier.iterate(self.spec.tag, block_rows=block_rows):
-                rows = np.empty_like(block.rows)
-                found = np.zeros(block.keys.size, np.bool_)
-                last.fetch(self.spec.tag, block.keys, rows, found)
-                refreshed += tier.backfill(
-                    self.spec.tag, block.keys[found], rows[found], epoch
-                )
-                tier.evict(self.spec.tag, block.keys[~found])
-                epoch = tier.epoch(self.spec.tag)
+            blocks = tier.iterate(tag, block_rows=block_rows)
+            while (block := next(blocks, None)) is not None:
+                epoch = tier.epoch(tag)
+                rows, found = np.empty_like(block.rows), np.zeros(len(block), np.bool_)
+                last.fetch(tag, block.keys, rows, found)
+                refreshed += tier.backfill(tag, block.keys[found], rows[found], epoch)
+                tier.evict(tag, block.keys[~found])
         return refreshed
+
+    def _refuse_earlier_reads(self) -> None:
+        """Let no row be backfilled or joined that was read before now.
+
+        An update does this for its keys. Here any key may have changed beneath, also
+        one that no upper tier holds, but that a lookup has read and not yet backfilled.
+        """
+        with self._write_lock:
+            for tier in self.tiers[:-1]:
+                with tier.hold(self.spec.tag):
+                    pass  # its end refuses what began before
+            self.forget_flights()
 
     def fetch(self, keys: Keys) -> tuple[Rows, Mask]:
         """Return the rows of unique keys (others unspecified), and which were found.
@@ -330,10 +345,11 @@ class Hierarchy:
         try:
             return tier.fetch(self.spec.tag, part.keys, rows, part.found)
         except TierError as exc:
+            self.counters.add_failure(tier.name)
             if self._on_failure is FailureMode.RAISE:
                 raise
             part.degraded = True
-            logger.warning("tier=%s degraded tag=%s: %s", tier.name, self.spec.tag, exc)
+            self._failures.report("lookup degraded", self.spec.tag, exc)
             return int(np.count_nonzero(part.found)) - (part.keys.size - asked)
         finally:
             if watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -11,6 +12,7 @@ from hps_numba.config import InferenceParams, ParameterServerConfig
 from hps_numba.errors import ClosedError, ConfigError, HPSError, UnknownTableError
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.estimate import host_shares
+from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.gate import PATIENCE_S, Gate
 from hps_numba.runtime.gpus import Gpus
 from hps_numba.runtime.hierarchy import Hierarchy
@@ -19,6 +21,8 @@ from hps_numba.runtime.session import LookupSession, ServedModel
 from hps_numba.runtime.stores import Stores
 from hps_numba.tiers.model_files import open_model_directory
 from hps_numba.types import TableSpec
+
+logger = logging.getLogger(__name__)
 
 
 class ModelSet:
@@ -52,6 +56,7 @@ class ModelSet:
         self._backfills = backfills
         self._gpus = gpus
         self._progress = progress
+        self._failures = FailureLog(logger)  # of all tables: tiers fail for all
         self._changing = threading.Lock()
         self._served: dict[str, ServedModel] = {}  # written under _changing
         self._grants: dict[str, int] = {}  # host bytes by tag, guarded by _changing
@@ -191,6 +196,7 @@ class ModelSet:
             write_rows=min(
                 config.volatile_db.max_batch_size, config.persistent_db.max_batch_size
             ),
+            failures=self._failures,
         )
 
     def _release_locked(self, params: InferenceParams, *, keep: list[str]) -> None:

@@ -44,6 +44,7 @@ class TierUse:
     dropped_rows: int
     unique_asked: int = 0
     unique_hits: int = 0
+    failures: int = 0  # times that it could not answer a lookup
 
     @property
     def unique_hit_rate(self) -> float:
@@ -84,6 +85,7 @@ class BackfillStats:
     stored_rows: int
     refused_rows: int
     dropped_rows: int
+    failed_rows: int = 0  # the tier could not store them
 
 
 NO_BACKFILLS = BackfillStats(0, 0, 0, 0)
@@ -151,6 +153,7 @@ class TableCounters:
         self._lock = threading.Lock()
         self._latency = Histogram()  # this and all below: guarded by _lock
         self._use = {tier: [0, 0] for tier in tiers}
+        self._failures = dict.fromkeys(self._use, 0)
         self._unique: dict[str, list[int]] = {}  # of GPU caches
         self._counts = dict.fromkeys(
             (
@@ -183,6 +186,11 @@ class TableCounters:
             use = self._use[tier]
             use[0] += asked
             use[1] += hits
+
+    def add_failure(self, tier: str) -> None:
+        """Count a time that a tier could not answer."""
+        with self._lock:
+            self._failures[tier] += 1
 
     def add_unique(self, tier: str, asked: int, hits: int) -> None:
         """Count unique keys that a GPU cache was asked for."""
@@ -221,6 +229,7 @@ class TableCounters:
                     evictions=stats.evictions,
                     refused_backfills=stats.refused_backfills,
                     dropped_rows=stats.dropped_rows,
+                    failures=self._failures[tier],
                 )
                 for tier, stats in tiers
             )

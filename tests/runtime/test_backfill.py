@@ -134,7 +134,7 @@ def test_a_failing_tier_costs_the_rows_and_no_more(host: HostTier) -> None:
     queue.put(item(failing, 3, 2))
     queue.drain()
     assert rows_of(host, 5)[1] == [3, 4]
-    assert queue.stats() == BackfillStats(0, 2, 3, 0)
+    assert queue.stats() == BackfillStats(0, 2, 0, 0, failed_rows=3)
     queue.close()
 
 
@@ -212,7 +212,7 @@ def test_a_tier_without_memory_costs_its_rows_only() -> None:
     queue.put(item(host, 5, 3))
     queue.drain()
     assert host.size(SPEC.tag) == 3
-    assert (queue.stats().stored_rows, queue.stats().refused_rows) == (3, 2)
+    assert (queue.stats().stored_rows, queue.stats().failed_rows) == (3, 2)
     queue.close()
 
 
