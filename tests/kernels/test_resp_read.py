@@ -201,7 +201,7 @@ def test_another_reply_is_bad_wherever_it_is_cut(hostile):
 
 
 @pytest.mark.parametrize("hostile", NOT_A_VALUE)
-@pytest.mark.parametrize("behind", [b"", b"\r\n_\r\n$16\r\n" * 10])
+@pytest.mark.parametrize("behind", [b"", b"\r\n_\r\n" * 9, bulk(b"x" * 16) * 2])
 def test_another_value_is_bad_wherever_it_is_cut(hostile, behind):
     row = bulk(b"0123456789abcdef")
     cuts = range(len(hostile)) if len(hostile) < 100 else (0, 1, 11, 12, 2_000)
@@ -212,6 +212,15 @@ def test_another_value_is_bad_wherever_it_is_cut(hostile, behind):
         assert parser.feed(hostile[cut:] + behind) == reading.BAD
         assert parser.found.tolist() == [True, False, False]
         assert bytes(parser.out[0]) == b"0123456789abcdef"
+
+
+@pytest.mark.parametrize("row_bytes", [16, 99_999, 100_000, BIG])
+def test_a_header_line_that_ends_wrong_is_bad_before_a_row_too(row_bytes):
+    for end in (b"\rx", b"x\n", b"\r\r"):
+        text = b"*2\r\n$%d%s" % (row_bytes, end) + bytes(row_bytes) + b"\r\n"
+        parser = Parser(row_bytes, [2], capacity=2 * row_bytes + 100)
+        assert parser.feed(text + b"$%d\r\n" % row_bytes) == reading.BAD
+        assert not parser.found.any()
 
 
 def test_a_number_that_never_ends_is_bad_at_once():
