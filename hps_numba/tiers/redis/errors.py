@@ -48,7 +48,7 @@ Unavailable = (
 
 @contextmanager
 def map_exceptions(
-    tag: str = "", *, user: str = "default", node: str = ""
+    tag: str = "", *, user: str = "", node: str = ""
 ) -> Iterator[None]:
     """Raise errors of redis-py, of sockets and of TLS as errors of this package.
 
@@ -57,7 +57,7 @@ def map_exceptions(
     tag
         Tag of the table it is about, or ``""``.
     user
-        Who is signed in, for messages about accounts.
+        Who is signed in, for messages about accounts, if that is known.
     node
         The node it is about, as ``host:port``, where the error may not say so.
 
@@ -85,20 +85,21 @@ def map_exceptions(
 
 
 def translate(
-    error: BaseException, *, tag: str = "", user: str = "default", node: str = ""
+    error: BaseException, *, tag: str = "", user: str = "", node: str = ""
 ) -> HPSError:
     """Return the error of this package that says what ``error`` says."""
     where = f"{node}: " if node else ""
+    who = f"user {user!r}" if user else "the configured user"
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, Refused):
             return ConfigError(
-                f"{NAME}: {where}user {user!r} was refused ({cause}); check "
+                f"{NAME}: {where}{who} was refused ({cause}); check "
                 "user_name and the password"
             )
         if isinstance(cause, NoPermissionError):
             return ConfigError(
-                f"{NAME}: {where}user {user!r} lacks a right ({cause}); grant it "
+                f"{NAME}: {where}{who} lacks a right ({cause}); grant it "
                 "with ACL SETUSER"
             )
         if isinstance(cause, ssl.SSLError) and (said := _tls_mistake(cause)):

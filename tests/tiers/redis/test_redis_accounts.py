@@ -1,0 +1,83 @@
+"""The rights that the documentation gives to an account are enough, and no more."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+from redis.exceptions import NoPermissionError
+
+from hps_numba.config.enums import RedisLayout
+from hps_numba.errors import ConfigError
+from hps_numba.tiers.host_table import Overflow
+from hps_numba.tiers.redis.client import RedisOptions
+from hps_numba.tiers.redis.tier import RedisTier
+from hps_numba.types import OverflowPolicy, RowBlock, TableSpec
+from tests.support.redis_cluster import RedisCluster
+
+SPEC = TableSpec("model", "table", 8)
+KEYS = np.arange(5_000, dtype=np.int64)
+ROWS = np.random.default_rng(0).random((KEYS.size, SPEC.dim), dtype=np.float32)
+
+
+def documented_rights() -> list[str]:
+    """Return the arguments of ACL SETUSER in docs/operations.md."""
+    page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    match = re.search(r"redis-cli (ACL SETUSER hps .*?)\n```", page, re.DOTALL)
+    assert match is not None
+    return shlex.split(match[1].replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("layout", list(RedisLayout))
+def test_the_documented_account_can_do_all_that_a_tier_does(
+    cluster: RedisCluster, layout: RedisLayout, caplog: pytest.LogCaptureFixture
+) -> None:
+    for node in cluster.masters:
+        with node.client() as client:
+            client.execute_command(*documented_rights())
+    tier = RedisTier(
+        RedisOptions(cluster.address, user="hps", password="secret"),
+        layout=layout,
+        num_partitions=8,
+        overflow=Overflow(OverflowPolicy.EVICT_OLDEST, margin=600, target=0.9),
+    )
+    tier.open_table(SPEC)
+    with tier.loading(SPEC.tag):
+        tier.load(SPEC.tag, [RowBlock(KEYS, ROWS)], fingerprint={"of": "files"})
+    tier.insert(SPEC.tag, KEYS[:10], ROWS[:10])
+    tier.backfill(SPEC.tag, KEYS[20:30], ROWS[20:30], tier.epoch(SPEC.tag))
+    rows, found = np.zeros_like(ROWS), np.zeros(KEYS.size, np.bool_)
+    tier.fetch(SPEC.tag, KEYS, rows, found)
+    np.testing.assert_array_equal(rows[found], ROWS[found])
+    assert tier.delete(SPEC.tag, KEYS) == np.count_nonzero(found)
+    assert tier.stats(SPEC.tag).rows == tier.size(SPEC.tag) == 0
+    assert tier.tables("model") == ["table"]
+    tier.drop_table(SPEC.tag)
+    tier.close()
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+def test_the_documented_account_reaches_nothing_else(cluster: RedisCluster) -> None:
+    master = cluster.masters[0]
+    with master.client() as client:
+        client.execute_command(*documented_rights())
+    account = redis.Redis(port=master.port, username="hps", password="secret")
+    with account, pytest.raises(NoPermissionError):
+        account.get("elsewhere")
+    with account, pytest.raises(NoPermissionError):
+        account.flushall()
+
+
+def test_an_account_without_a_right_is_told_which(cluster: RedisCluster) -> None:
+    rights = [word for word in documented_rights() if word != "+eval"]
+    for node in cluster.masters:
+        with node.client() as client:
+            client.execute_command(*rights, "-eval")
+    tier = RedisTier(RedisOptions(cluster.address, user="hps", password="secret"))
+    with pytest.raises(ConfigError, match=r"the configured user lacks a right .*eval"):
+        tier.open_table(SPEC)
+    tier.close()
