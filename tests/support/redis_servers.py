@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -95,6 +96,18 @@ def server_version(binary: str | None = None) -> tuple[int, ...]:
     line = subprocess.check_output([binary or server_binary(), "--version"], text=True)
     text = line.split("v=")[1].split()[0]
     return tuple(int(part) for part in text.split("."))
+
+
+@cache
+def speaks_tls(binary: str | None = None) -> bool:
+    """Return whether a redis-server was built with TLS; those of packages were not."""
+    done = subprocess.run(
+        [binary or server_binary(), "-"],
+        input=b"tls-auth-clients no\nport 0\nmaxclients nonsense\n",
+        capture_output=True,
+        check=False,
+    )
+    return b"tls-auth-clients" not in done.stdout + done.stderr
 
 
 @dataclass(frozen=True)

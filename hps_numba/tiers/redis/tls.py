@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
+from typing import Any
 
 from redis.connection import SSLConnection
 
@@ -46,10 +47,29 @@ class RedisTls:
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = ExplainingSocket
         _trust(context, Path(self.ca))
         if self.certificate is not None or self.key is not None:
             _show(context, self.certificate, self.key)
         return context
+
+
+class ExplainingSocket(ssl.SSLSocket):
+    """A socket that says why the server hung up, where it can.
+
+    With TLS 1.3 a server looks at the client's certificate when the client believes
+    the handshake over. Its verdict then waits to be read, while the first write fails
+    with a broken pipe.
+    """
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all of ``data``; raise the server's alert if that is why it failed."""
+        try:
+            super().sendall(data, flags)
+        except (ssl.SSLEOFError, ConnectionError):
+            with suppress(ssl.SSLEOFError, ConnectionError):
+                self.recv(1)
+            raise
 
 
 def connection_class(tls: RedisTls) -> type[SSLConnection]:
