@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.defaults import Run
-from bench.harness import Timing, Variant, interleave, speedup
+from bench.harness import Meter, Timing, Variant, interleave, speedup
 from bench.records import Param, Published, Ratio, Result, Sense, ratio, timed
 
 
@@ -32,13 +32,15 @@ def compare(
     claims: Sequence[Claim] = (),
     absent: Mapping[str, str] | None = None,
     published: Published | None = None,
+    meter: Meter | None = None,
 ) -> list[Result]:
     """Time the variants interleaved and return a result for each.
 
-    ``absent`` and ``published`` are noted with the first variant, and claims against an
-    absent baseline are left out.
+    ``meter`` knows of servers that work for this process. ``absent`` and
+    ``published`` are noted with the first variant, and claims against an absent
+    baseline are left out.
     """
-    timings = interleave(variants, run.plan)
+    timings = interleave(variants, run.plan, meter)
     return [
         timed(
             name,

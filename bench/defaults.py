@@ -43,6 +43,16 @@ class Sizes:
     pipeline_keys: int = 200_000
     pipeline_chunk: int = 10_000
     pipeline_shares: tuple[float, ...] = (0.75, 0.95)  # of rows in host memory
+    redis_batches: tuple[int, ...] = (1_000, 10_000, 100_000)
+    redis_partitions: int = 8
+    redis_commands: int = 400  # of redis-benchmark, in a call
+    redis_write_rows: int = 50_000
+    cluster_batches: tuple[int, ...] = (1_000, 10_000, 100_000)
+    cluster_partitions: int = 12  # of three masters
+    three_tiers_keys: int = 400_000
+    three_tiers_chunk: int = 10_000
+    three_tiers_host: float = 0.5  # of rows in host memory
+    three_tiers_redis: float = 0.9  # of rows in Redis or above
 
 
 FULL = Sizes()
@@ -72,6 +82,12 @@ SMOKE = Sizes(
     pipeline_keys=2_000,
     pipeline_chunk=200,
     pipeline_shares=(0.75,),
+    redis_batches=(500,),
+    redis_commands=8,
+    redis_write_rows=1_000,
+    cluster_batches=(500,),
+    three_tiers_keys=2_000,
+    three_tiers_chunk=200,
 )
 
 FULL_PLAN = Plan()
@@ -98,6 +114,16 @@ ROCKSDB_DISK_AGAINST_DB_BENCH = 0.9
 LOAD_AGAINST_WRITE_BATCH = 3.0
 PIPELINE_OVER_SLOWEST_STAGE = 1.2
 LOOKUP_OVER_TIER_FETCH = 1.5
+# Of Redis by (dim, batch), where not all are promised the same.
+REDIS_MGET_AGAINST_REDIS_BENCHMARK = {(32, 10_000): 0.9, (32, 100_000): 0.9}
+REDIS_MGET_AGAINST_REDIS_PY = {(32, 10_000): 1.5, (32, 100_000): 1.5}
+REDIS_HMGET_AGAINST_NULL = {(32, 100_000): 0.85, (128, 100_000): 0.85}
+REDIS_HMGET_AGAINST_REDIS_PY = {(32, 100_000): 2.5, (128, 100_000): 1.9}
+CLUSTER_HMGET_AGAINST_REDIS_PY = {(32, 10_000): 3.0}
+CLUSTER_MGET_AGAINST_REDIS_PY = {(32, 10_000): 2.0}
+REDIS_CPU_AGAINST_REDIS_PY = {32: 5.0, 128: 2.8}
+REDIS_MSET_AGAINST_PIPELINE = 3.5
+REDIS_HSET_AGAINST_PIPELINE = 4.5
 
 CALL_ALPHA = POWER_LAW_ALPHA  # of the small call
 HPS_SMALL_CALL = Published(
