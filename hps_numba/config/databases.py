@@ -25,6 +25,7 @@ from hps_numba.config.enums import (
 from hps_numba.config.fields import (
     MAX_SIZE,
     Count,
+    Milliseconds,
     Share,
     Size,
     SmallCount,
@@ -112,18 +113,35 @@ class VolatileDatabaseParams(ConfigModel):
         RedisLayout.STRINGS,
         "strings: a string key per row, read by MGET. hashes: HugeCTR's own layout.",
     )
+    redis_timeout_ms: Milliseconds = own(
+        1000,
+        "How long a Redis node may take to answer before it counts as down, in ms.",
+    )
+    redis_connect_timeout_ms: Milliseconds = own(
+        1000, "How long connecting to a Redis node may take, in ms."
+    )
+    redis_wait_replicas: Annotated[int, Field(ge=0, le=1000)] = own(
+        0,
+        "Replicas of each Redis node that must confirm an update before it is "
+        "acknowledged. 0 waits for none: a replica that takes over may lack the last "
+        "updates.",
+    )
     enable_tls: bool = Field(False, description="Use TLS to reach Redis.")
     tls_ca_certificate: Text = Field(
         "cacertbundle.crt", description="File or directory of certificate authorities."
     )
     tls_client_certificate: Text = Field(
-        "client_cert.pem", description="Client certificate for mutual TLS."
+        "client_cert.pem",
+        description="Client certificate for mutual TLS. None is shown if this is the "
+        "default and no such file is there.",
     )
     tls_client_key: Text = Field(
-        "client_key.pem", description="Client key for mutual TLS."
+        "client_key.pem", description="Client key for mutual TLS; as above."
     )
-    tls_server_name_identification: Text = Field(
-        "redis.localhost", description="Server name that TLS asks for (SNI)."
+    tls_server_name_identification: str = Field(
+        "redis.localhost",
+        description="Server name that TLS asks for (SNI) and that the certificate must "
+        "bear. Empty: the host that is connected to.",
     )
     overflow_margin: Count = Field(
         MAX_SIZE, description="Most rows per partition of a table."
@@ -180,6 +198,27 @@ class VolatileDatabaseParams(ConfigModel):
             values["type"] = DatabaseType.DISABLED
         if VOLATILE_TYPES.find(values.get("type")) is DatabaseType.REDIS_CLUSTER:
             values.setdefault("num_partitions", _MAX_PARTITIONS)
+
+    def client_certificate(self) -> tuple[str | None, str | None]:
+        """Return the files of the client certificate and its key; None for none.
+
+        Raises
+        ------
+        ConfigError
+            If a file is not there, unless it is HugeCTR's default.
+        """
+        return (
+            self._client_file("tls_client_certificate"),
+            self._client_file("tls_client_key"),
+        )
+
+    def _client_file(self, name: str) -> str | None:
+        path: str = getattr(self, name)
+        if FilePath(path).is_file():
+            return path
+        if path != type(self).model_fields[name].default:
+            raise ConfigError(f"volatile_db.{name}: {path} is not a file")
+        return None
 
     def resolve_password(self) -> str:
         """Return the password from wherever it is configured to be.

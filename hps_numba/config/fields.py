@@ -31,6 +31,7 @@ def _topic_filter(text: str) -> str:
 Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 SmallCount = Annotated[int, Field(ge=1, le=65_536)]
+Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]

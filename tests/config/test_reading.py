@@ -173,6 +173,9 @@ def test_defaults_are_those_of_hugectr(tmp_path: Path) -> None:
         "num_node_connections": 5,
         "max_batch_size": 65_536,
         "redis_layout": "strings",
+        "redis_timeout_ms": 1000,
+        "redis_connect_timeout_ms": 1000,
+        "redis_wait_replicas": 0,
         "enable_tls": False,
         "tls_ca_certificate": "cacertbundle.crt",
         "tls_client_certificate": "client_cert.pem",
@@ -583,3 +586,42 @@ def test_a_password_file_that_cannot_be_read_is_named(
     config = hps.VolatileDatabaseParams(password_file=path)
     with pytest.raises(hps.ConfigError, match=r"password_file: .* cannot be read"):
         config.resolve_password()
+
+
+def test_a_client_certificate_is_shown_only_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    untold = hps.VolatileDatabaseParams()
+    assert untold.client_certificate() == (None, None)
+    assert hps.VolatileDatabaseParams(
+        **untold.model_dump(exclude={"password"})
+    ).client_certificate() == (None, None)
+    for name in ("client_cert.pem", "client_key.pem", "mine.pem"):
+        (tmp_path / name).touch()
+    assert untold.client_certificate() == ("client_cert.pem", "client_key.pem")
+    mine = hps.VolatileDatabaseParams(tls_client_certificate=str(tmp_path / "mine.pem"))
+    assert mine.client_certificate() == (str(tmp_path / "mine.pem"), "client_key.pem")
+
+
+@pytest.mark.parametrize("name", ["tls_client_certificate", "tls_client_key"])
+def test_a_client_certificate_that_is_missing_is_named(
+    name: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "absent.pem")
+    config = hps.VolatileDatabaseParams(**{name: path})
+    with pytest.raises(hps.ConfigError, match=rf"volatile_db\.{name}: .*absent\.pem"):
+        config.client_certificate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("redis_timeout_ms", 0),
+        ("redis_connect_timeout_ms", 86_400_001),
+        ("redis_wait_replicas", -1),
+    ],
+)
+def test_times_and_replicas_of_redis_have_limits(name: str, value: int) -> None:
+    with pytest.raises(hps.ConfigError, match=f"{name}: .*an integer from"):
+        hps.VolatileDatabaseParams(**{name: value})
