@@ -142,7 +142,7 @@ def _tls_mistake(error: ssl.SSLError) -> str:
             f"the certificate of the server is not accepted: {error.verify_message}; "
             "check tls_ca_certificate and tls_server_name_identification"
         )
-    reason = error.reason or ""
+    reason = getattr(error, "reason", None) or ""  # OpenSSL gave none
     if "ALERT" in reason and ("CERT" in reason or "UNKNOWN_CA" in reason):
         return (
             f"the server does not accept the client's certificate ({reason}); check "
