@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from redis.exceptions import InvalidResponse
 
 from hps_numba.kernels.host import resp_read as read
 from hps_numba.kernels.host import resp_write as write
@@ -61,8 +62,12 @@ class Channel:
     def __init__(self, node: Node) -> None:
         self.node = node
         self._connection = node.connection()
-        self._socket = raw_socket(self._connection)
-        self._socket.settimeout(0)
+        try:
+            self._socket = raw_socket(self._connection)
+            self._socket.settimeout(0)
+        except BaseException:
+            self.close()
+            raise
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._input = np.empty(_INPUT_BYTES, np.uint8)
@@ -82,8 +87,13 @@ class Channel:
 
     @property
     def quiet(self) -> bool:
-        """Whether the server neither hung up nor sent what nobody asked for."""
-        return not self._poll.poll(0)
+        """Whether the server neither hung up nor sent what nobody asked for.
+
+        Half a push message that came behind the last reply would stand before the
+        next one: such a channel is of no more use.
+        """
+        waiting = self._received > 0 or _pending(self._socket)
+        return not waiting and not self._poll.poll(0)
 
     @property
     def wrong(self) -> tuple[int, int, int]:
@@ -152,7 +162,9 @@ class Channel:
         Raises
         ------
         OSError
-            If the connection is lost, or what arrives is no answer.
+            If the connection is lost.
+        InvalidResponse
+            If what arrives is no answer.
         """
         view = memoryview(self._input.data)
         while True:
@@ -169,8 +181,16 @@ class Channel:
                 return False
 
     def give_up(self, error: Exception) -> None:
-        """Note that the rest is not answered, and close."""
+        """Note that the rest is not answered, and close.
+
+        Of a server that broke the protocol nothing counts, what it said before neither.
+        """
         answered = int(self._state[read.P_KEY])
+        if isinstance(error, InvalidResponse):
+            self._batch.found[self._targets] = False
+            self._state = read.new_state()
+            self.troubles = []
+            answered = 0
         self.troubles.append(Trouble(self.node, self._targets[answered:], error))
         self.close()
 
@@ -202,22 +222,22 @@ class Channel:
                 batch.header,
             )
             if status == read.DONE:
+                self._received = high - low
                 return True
             if status == read.MORE:
                 break
-            if status == read.BAD:
-                raise ConnectionError("the server's reply is not understood")
-            end = read.end_of_reply(self._input, low, high)
+            bad = status == read.BAD
+            end = read.MALFORMED if bad else read.end_of_reply(self._input, low, high)
             if end == read.INCOMPLETE:
                 break
             if end == read.MALFORMED:
-                raise ConnectionError("the server's reply is not understood")
+                raise InvalidResponse("the reply does not fit the command")
             if status == read.ERROR:
                 self._note_error(bytes(self._input[low:end]))
             low = end
         self._received = read.move_tail(self._input, low, high)
         if self._received == self._input.size:
-            raise ConnectionError("the server's reply is longer than any row")
+            raise InvalidResponse("the reply is longer than any row")
         return False
 
     def _note_error(self, reply: bytes) -> None:

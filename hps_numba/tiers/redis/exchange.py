@@ -34,6 +34,7 @@ class Unit:
     high: int = 0
     replies: list[Any] = field(default_factory=list)
     error: Exception | None = None  # it was not answered
+    node: Node | None = None  # who was asked
 
 
 class Exchange:
@@ -83,11 +84,11 @@ class Exchange:
         self, unit: Unit, slots: Sequence[int], links: dict[str, _Link]
     ) -> _Link | None:
         try:
-            node = self._topology.node(slots[unit.partition])
-            self._health.check(node)
+            node = self._health.server_of(slots[unit.partition])
         except TierError as exc:
             unit.error = exc
             return None
+        unit.node = node
         if node.name not in links:
             links[node.name] = _Link(node)
         return links[node.name]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
-from redis.exceptions import RedisError
+from redis.exceptions import InvalidResponse, RedisError
 
 from hps_numba.errors import ClosedError, TierTimeoutError
 from hps_numba.tiers.redis.channel import Batch, Channel, Trouble
@@ -71,11 +71,10 @@ class Lane:
 
     def _channel(self, node: Node) -> Channel:
         channel = self._channels.get(node.name)
-        if channel is not None and not channel.quiet:
-            del self._channels[node.name]
-            channel.close()
-            channel = None
-        if channel is None:
+        if channel is None or not channel.quiet:
+            # Also those of servers that left the cluster.
+            for name in [n for n, c in self._channels.items() if not c.quiet]:
+                self._channels.pop(name).close()
             channel = self._channels[node.name] = Channel(node)
         return channel
 
@@ -113,7 +112,7 @@ class Lane:
                 del busy[fileno]
                 return
             channel.send()
-        except OSError as exc:
+        except (OSError, InvalidResponse) as exc:
             poller.unregister(fileno)
             self._drop(busy.pop(fileno), exc)
             return

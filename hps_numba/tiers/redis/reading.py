@@ -85,8 +85,9 @@ class Reader:
 
     def _round(self, table: RedisTable, batch: Batch, *, last: bool) -> _Outcome:
         outcome = _Outcome()
-        work = self._work(table, batch.bounds, outcome)
         with self._lanes.lane() as lane:
+            # Only now: whoever waited for a lane knows what became of a server since.
+            work = self._work(table, batch.bounds, outcome)
             channels, troubles = lane.read(batch, work)
             for channel in channels:
                 _check_widths(table, channel, batch.keys, outcome)
@@ -102,8 +103,7 @@ class Reader:
         parts: dict[str, list[int]] = {}
         for partition in np.flatnonzero(np.diff(bounds)).tolist():
             try:
-                node = self._topology.node(table.slots[partition])
-                self._health.check(node)
+                node = self._health.server_of(table.slots[partition])
             except TierError as exc:
                 outcome.errors.append(exc)
                 continue
@@ -133,8 +133,7 @@ class Reader:
         elif fate is Fate.MOVING:
             outcome.moving.append(trouble.targets)
         else:
-            if fate is not Fate.REFUSED:
-                self._health.failed(trouble.node, error)
+            self._health.learn(trouble.node, fate, error)
             outcome.errors.append(tier_error(error, trouble.node, table.spec.tag))
 
     def _follow(

@@ -11,6 +11,7 @@ from redis.exceptions import (
     ClusterDownError,
     ConnectionError,
     ExecAbortError,
+    InvalidResponse,
     MasterDownError,
     MovedError,
     NoPermissionError,
@@ -21,6 +22,8 @@ from redis.exceptions import (
     TimeoutError,
     TryAgainError,
 )
+
+from hps_numba.errors import TierError
 
 _BY_CODE: dict[str, type[RedisError]] = {
     "ASK": AskError,
@@ -34,9 +37,9 @@ _BY_CODE: dict[str, type[RedisError]] = {
     "READONLY": ReadOnlyError,
     "TRYAGAIN": TryAgainError,
 }
-# What another server, or the same one later, may answer.
-_DOWN = (BusyLoadingError, ClusterDownError, MasterDownError, ReadOnlyError)
-_LOST = (ConnectionError, TimeoutError, OSError)
+# The server answers, but is not the one to ask, or not now.
+_OUTDATED = (ClusterDownError, MasterDownError, ReadOnlyError)
+_DOWN = (BusyLoadingError, ConnectionError, TimeoutError, InvalidResponse, OSError)
 
 
 class Fate(Enum):
@@ -45,6 +48,7 @@ class Fate(Enum):
     MOVED = "ask the server that has them now"
     MOVING = "ask for each key by itself, wherever it is"
     RECONNECT = "ask again over a new connection"
+    OUTDATED = "tell the caller, and find out who has what"
     DOWN = "leave the server alone until it answers"
     REFUSED = "tell the caller"
 
@@ -53,11 +57,16 @@ def as_exception(text: str) -> RedisError:
     """Return an error reply as redis-py would raise it."""
     code, _, rest = text.partition(" ")
     kind = _BY_CODE.get(code)
-    return ResponseError(text) if kind is None else kind(rest)
+    try:
+        return ResponseError(text) if kind is None else kind(rest)
+    except (ValueError, IndexError):  # MOVED, but to nowhere
+        return ResponseError(text)
 
 
 def fate_of(error: Exception) -> Fate:
     """Return what to do about the keys of a command that ended so."""
+    if isinstance(error, TierError):
+        return Fate.REFUSED
     if isinstance(error, MovedError):  # which is an AskError to redis-py
         return Fate.MOVED
     if isinstance(error, AskError | TryAgainError):
@@ -66,7 +75,9 @@ def fate_of(error: Exception) -> Fate:
         return Fate.RECONNECT
     if isinstance(error, AuthenticationError | NoPermissionError):
         return Fate.REFUSED  # some of these are ConnectionErrors to redis-py
-    if isinstance(error, (*_DOWN, *_LOST)):
+    if isinstance(error, _OUTDATED):
+        return Fate.OUTDATED
+    if isinstance(error, _DOWN):
         return Fate.DOWN
     return Fate.REFUSED
 

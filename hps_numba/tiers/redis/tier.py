@@ -143,11 +143,17 @@ class RedisTier(LastingTier):
             before = int(np.count_nonzero(found))
             end_s = monotonic() + budget_s
             as_bytes, step = out.view(np.uint8), self._max_batch_size
+            errors: list[TierError] = []
             for low in range(0, keys.size, step):
                 if monotonic() >= end_s:
                     break
                 part = slice(low, low + step)
-                self._reader.fetch(table, keys[part], as_bytes[part], found[part])
+                try:
+                    self._reader.fetch(table, keys[part], as_bytes[part], found[part])
+                except TierError as exc:  # of one server; others have more rows
+                    errors.append(exc)
+            if errors:
+                raise errors[0]
             return int(np.count_nonzero(found)) - before
 
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:

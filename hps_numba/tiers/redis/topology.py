@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import redis
 from redis.cluster import ClusterNode
 from redis.connection import Connection, ConnectionPool
-from redis.exceptions import MovedError, RedisClusterException, RedisError
+from redis.exceptions import ConnectionError, MovedError
 
-from hps_numba.errors import TierUnavailableError
+from hps_numba.errors import TierTimeoutError, TierUnavailableError
 
 logger = logging.getLogger(__name__)
+
+_ALL_LENT = "No connection available."  # as redis-py says it
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,21 @@ class Node:
     closing: threading.Event  # no connection is kept once it is set
 
     def connection(self) -> Connection:
-        """Return a connected connection; the caller gives it back."""
-        return self.pool.get_connection()
+        """Return a connected connection; the caller gives it back.
+
+        Raises
+        ------
+        TierTimeoutError
+            If all are in use, which says nothing about the server.
+        """
+        try:
+            return self.pool.get_connection()
+        except ConnectionError as exc:
+            if str(exc) != _ALL_LENT:
+                raise
+            raise TierTimeoutError(
+                f"all connections to {self.name} are in use", tier="redis"
+            ) from exc
 
     def give_back(self, connection: Connection) -> None:
         """Return a connection; one with unread replies must be disconnected before."""
@@ -86,19 +101,35 @@ class Topology:
             return [self._single]
         return [self._node(node) for node in self._cluster.get_primaries()]
 
+    def master_names(self) -> set[str]:
+        """Return the name of every server that has slots."""
+        return {node.name for node in self.masters()}
+
     def moved(self, error: MovedError) -> None:
         """Note what the reply ``MOVED <slot> <host:port>`` says."""
-        if self._cluster is not None:
-            self._cluster.nodes_manager.move_slot(error)
+        if self._cluster is None:
+            return
+        manager = self._cluster.nodes_manager
+        # One that nobody had when the topology was refreshed is no news to redis-py.
+        manager.slots_cache.setdefault(error.slot_id, [])
+        manager.move_slot(error)
 
-    def refresh(self) -> None:
-        """Ask the cluster who has what; keeps what is known if it cannot be asked."""
+    def refresh(self, *, avoid: str = "") -> None:
+        """Ask the cluster who has what; keeps what is known if it cannot be asked.
+
+        Parameters
+        ----------
+        avoid
+            The name of a server that is asked last.
+        """
         if self._cluster is None:
             return
         try:
-            self._cluster.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
-        except (RedisError, RedisClusterException, OSError) as exc:
-            logger.debug("topology unknown: %s", exc)
+            self._cluster.nodes_manager.initialize(
+                disconnect_startup_nodes_pools=False, last_failed_node_name=avoid
+            )
+        except Exception as exc:  # a server may say anything, and redis-py follows it
+            logger.warning("redis topology unknown: %r", exc)
 
     def close(self) -> None:
         """Close idle connections now, and others when they are given back."""

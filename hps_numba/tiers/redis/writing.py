@@ -231,10 +231,9 @@ class Writer:
     ) -> TierError:
         if isinstance(error, TierError):
             return error
-        node = self._topology.node(table.slots[unit.partition])
-        if fate is not Fate.REFUSED:
-            self._health.failed(node, error)
-        return tier_error(error, node, table.spec.tag)
+        assert unit.node is not None  # or it would have been a TierError
+        self._health.learn(unit.node, fate, error)
+        return tier_error(error, unit.node, table.spec.tag)
 
 
 def _work(table: RedisTable, keys: Keys, rows: Rows | None) -> Work:
