@@ -1,19 +1,24 @@
 """Update stamps in Redis: what keeps one server from undoing another's update.
 
-Each partition has a hash of stamps: ``epoch``, its newest number; ``all``, a floor for
-every key; and a field per bucket of keys, the number of the bucket's last write.
-Numbers only grow. They are the server's time in microseconds, or one more than the
-last number if that is larger, so that a replica which takes over with writes missing
-does not give the same number twice.
+Each partition has a hash of stamps: ``epoch``, its newest number; ``all`` and
+``moving``, floors for every key; and a field per bucket of keys, the number of the
+bucket's last write. Numbers only grow. They are the server's time in microseconds, or
+one more than the last number if that is larger, so that a replica which takes over with
+writes missing does not give the same number twice, as long as its clock is behind by
+less than taking over takes.
 
 Invariant: a row and the stamp of its bucket change in one transaction.
 
 A server remembers the ``epoch`` of each partition from the replies to its own writes.
 A lookup takes these numbers before it reads a lower tier; the rows it found there are
 stored by a script that skips every key whose stamp is larger. Numbers that are out of
-date only refuse more. A stamp may lie in the future: while a writer cannot change rows
-and stamps in one transaction, such a *lease* refuses every backfill, and ends by itself
-if the writer dies.
+date only refuse more. Stamps that are gone, because memory was short or a replica
+without them took over, refuse all numbers of before.
+
+A floor may lie in the future: while a writer cannot change rows and stamps in one
+transaction, such a *lease* refuses every backfill. A load ends its own, in ``all``.
+Writers to a slot that is being moved share theirs, in ``moving``, so nobody ends it.
+It passes by itself, as does that of a load that died.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ local function restart(key, last)
   local epoch = math.max(now(), last + 1)
   redis.call('DEL', key)
   redis.call('HSET', key, 'epoch', text(epoch), 'all', text(epoch))
-  return text(epoch)
+  return epoch
 end
 """
 
@@ -41,7 +46,7 @@ OPEN = (
     _HEAD
     + """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
-return epoch or restart(KEYS[1], 0)
+return epoch or text(restart(KEYS[1], 0))
 """
 )
 """Return a partition's number; begin one if there is none."""
@@ -52,13 +57,16 @@ STAMP = (
 local last = number(redis.call('HGET', KEYS[1], 'epoch'))
 if last == 0 then restart(KEYS[1], 0) end
 local epoch = math.max(now(), last + 1)
-local stamp = text(epoch + tonumber(ARGV[2]))
-redis.call('HSET', KEYS[1], 'epoch', text(epoch))
-local buckets = ARGV[1]
+local buckets, lease = ARGV[1], tonumber(ARGV[2])
+local stamp = text(epoch)
+redis.call('HSET', KEYS[1], 'epoch', stamp)
 if buckets == '' then
+  local moving = redis.call('HGET', KEYS[1], 'moving')
   redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], 'epoch', text(epoch), 'all', stamp)
+  redis.call('HSET', KEYS[1], 'epoch', stamp, 'all', text(epoch + lease))
+  if moving then redis.call('HSET', KEYS[1], 'moving', moving) end
 else
+  if lease > 0 then redis.call('HSET', KEYS[1], 'moving', text(epoch + lease)) end
   local given = {}
   for i = 1, #buckets, 2 do
     given[#given + 1] = string.sub(buckets, i, i + 1)
@@ -70,10 +78,13 @@ else
   end
   if #given > 0 then redis.call('HSET', KEYS[1], unpack(given)) end
 end
-return text(epoch)
+return stamp
 """
 )
-"""Stamp buckets (all, if none is given): buckets, lease in us -> the new number."""
+"""Stamp keys as written, and return the partition's new number.
+
+ARGV: buckets (none: all keys), and a lease in us, 0 for none.
+"""
 
 BACKFILL = (
     _HEAD
@@ -82,9 +93,17 @@ local token, row_bytes, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local keys, buckets, rows, use = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local last = number(redis.call('HGET', KEYS[1], 'epoch'))
 if last < token or last == 0 then
-  return {0, restart(KEYS[1], math.max(last, token))}
+  return {0, text(restart(KEYS[1], math.max(last, token)))}
 end
-if number(redis.call('HGET', KEYS[1], 'all')) > token then return {0, text(last)} end
+local floors = redis.call('HMGET', KEYS[1], 'all', 'moving')
+local floor = math.max(number(floors[1]), number(floors[2]))
+if floor > token then
+  if floor > last and floor < now() then  -- a lease has passed
+    last = now()
+    redis.call('HSET', KEYS[1], 'epoch', text(last))
+  end
+  return {0, text(last)}
+end
 local fields = {}
 for i = 1, #buckets, 2 do fields[#fields + 1] = string.sub(buckets, i, i + 1) end
 local stamps = redis.call('HMGET', KEYS[1], unpack(fields))
@@ -104,7 +123,11 @@ if prefix == '' then
 else
   redis.call('MSET', unpack(values))
 end
-if KEYS[3] then redis.call('HSET', KEYS[3], unpack(uses)) end
+if KEYS[3] and use == '0' then
+  for i = 1, #uses, 2 do redis.call('HSETNX', KEYS[3], uses[i], use) end
+elseif KEYS[3] then
+  redis.call('HSET', KEYS[3], unpack(uses))
+end
 return {#values / 2, text(last)}
 """
 )
