@@ -17,7 +17,7 @@ import redis
 from redis.exceptions import LockError, RedisError
 from redis.lock import Lock
 
-from hps_numba.errors import ConfigError
+from hps_numba.errors import ConfigError, TierCorruptionError
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.layout import Layout
 from hps_numba.types import TAG_PREFIX, TableSpec
@@ -25,7 +25,6 @@ from hps_numba.types import TAG_PREFIX, TableSpec
 logger = logging.getLogger(__name__)
 
 TABLES_KEY = f"{TAG_PREFIX}.tables"
-_LOCK_S = 15.0  # after which a server that died is not waited for
 _RENEWALS = 5  # before a lock would end
 _POLL_S = 0.2
 
@@ -57,10 +56,15 @@ class Registry:
     ----------
     client
         Of the cluster or the server.
+    lock_s
+        After which a server that died is not waited for.
     """
 
-    def __init__(self, client: redis.Redis | redis.RedisCluster) -> None:
+    def __init__(
+        self, client: redis.Redis | redis.RedisCluster, *, lock_s: float = 15.0
+    ) -> None:
         self._client = client
+        self._lock_s = lock_s
 
     def add(self, layout: Layout) -> None:
         """Enter a table, or check that it is entered with the same shape.
@@ -92,7 +96,7 @@ class Registry:
         """Return what is stored about a table."""
         with map_exceptions(tag):
             stored = self._client.hget(TABLES_KEY, tag)
-        return None if stored is None else Entry(**json.loads(stored))
+        return None if stored is None else _from_json(stored)
 
     def set_fingerprint(self, tag: str, fingerprint: Mapping[str, Any] | None) -> None:
         """Store where a table's rows come from."""
@@ -108,7 +112,7 @@ class Registry:
         """Return the sorted names of a model's tables."""
         with map_exceptions(""):
             stored = self._client.hvals(TABLES_KEY)
-        entries = [Entry(**json.loads(each)) for each in stored]
+        entries = [_from_json(each) for each in stored]
         return sorted(entry.name for entry in entries if entry.model == model)
 
     def remove(self, tag: str) -> None:
@@ -122,7 +126,7 @@ class Registry:
         lock = Lock(
             self._client,
             f"{TAG_PREFIX}{{{spec.tag}}}loading",
-            timeout=_LOCK_S,
+            timeout=self._lock_s,
             sleep=_POLL_S,
             thread_local=False,
         )
@@ -133,7 +137,7 @@ class Registry:
         done = threading.Event()
         renewing = threading.Thread(
             target=_renew,
-            args=(lock, done, spec.tag),
+            args=(lock, done, self._lock_s, spec.tag),
             name="hps-redis-lock",
             daemon=True,
         )
@@ -149,16 +153,27 @@ class Registry:
                 logger.warning("table=%s lock not released: %s", spec.tag, exc)
 
 
-def _renew(lock: Lock, done: threading.Event, tag: str) -> None:
-    while not done.wait(_LOCK_S / _RENEWALS):
-        _renew_once(lock, tag)
+def _renew(lock: Lock, done: threading.Event, lock_s: float, tag: str) -> None:
+    while not done.wait(lock_s / _RENEWALS):
+        _renew_once(lock, lock_s, tag)
 
 
-def _renew_once(lock: Lock, tag: str) -> None:
+def _renew_once(lock: Lock, lock_s: float, tag: str) -> None:
     try:
-        lock.extend(_LOCK_S, replace_ttl=True)
+        lock.extend(lock_s, replace_ttl=True)
     except (LockError, RedisError, OSError) as exc:
         logger.warning("table=%s lock not renewed: %s", tag, exc)
+
+
+def _from_json(stored: bytes | str) -> Entry:
+    try:
+        return Entry(**json.loads(stored))
+    except (ValueError, TypeError) as exc:
+        raise TierCorruptionError(
+            f"an entry of {TABLES_KEY} is not understood: {exc}; it was written by "
+            f"another program or a later version",
+            tier="redis",
+        ) from exc
 
 
 def _to_json(entry: Entry) -> str:

@@ -71,7 +71,8 @@ def _fields(client: redis.Redis | redis.RedisCluster, name: bytes) -> Keys:
     some: Any
     while True:
         cursor, some = client.hscan(name, cursor, count=_PER_CALL)
-        fields.update(some)
+        # HugeCTR has 4-byte keys as well, in tables of its own.
+        fields.update(name for name in some if len(name) == KEY_BYTES)
         if cursor == 0:
             break
     return np.frombuffer(b"".join(fields), "<i8").astype(np.int64)
