@@ -45,6 +45,7 @@ class TierUse:
     unique_asked: int = 0
     unique_hits: int = 0
     failures: int = 0  # times that it could not answer a lookup
+    down: tuple[str, ...] = ()  # its servers that do not answer now
 
     @property
     def unique_hit_rate(self) -> float:
@@ -230,6 +231,7 @@ class TableCounters:
                     refused_backfills=stats.refused_backfills,
                     dropped_rows=stats.dropped_rows,
                     failures=self._failures[tier],
+                    down=stats.down,
                 )
                 for tier, stats in tiers
             )

@@ -31,6 +31,7 @@ class TierStats:
     evictions: int = 0  # rows that overflow handling removed
     refused_backfills: int = 0  # rows that were updated while they were being fetched
     dropped_rows: int = 0  # rows that found no room
+    down: tuple[str, ...] = ()  # servers that do not answer now
 
 
 class Tier(ABC):
@@ -200,7 +201,7 @@ class Tier(ABC):
 
     @abstractmethod
     def stats(self, tag: str) -> TierStats:
-        """Return the table's counters; cheap."""
+        """Return the table's counters; cheap, and no error if the tier cannot answer."""
 
     @abstractmethod
     def drop_table(self, tag: str) -> None:
