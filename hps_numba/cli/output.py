@@ -60,6 +60,8 @@ def print_estimate(expected: Estimate) -> None:
         for name, row in zip([*names, "all"], [*numbers, sums], strict=True)
     ]
     _print_columns(header, lines, right=set(header[1:]))
+    if expected.redis_bytes:
+        typer.echo(f"Redis: about {expected.redis_bytes:,} bytes on all masters")
     for device, n_bytes in expected.gpu_bytes.items():
         buffers = expected.gpu_buffer_bytes[device]
         typer.echo(

@@ -11,14 +11,20 @@ from hps_numba.runtime.gpu.sizing import CachePlan, plan_cache
 from hps_numba.runtime.gpu.warming import frequency_file
 from hps_numba.tiers.host_table import Overflow, bytes_for_rows
 from hps_numba.tiers.model_files import open_model_directory
+from hps_numba.tiers.redis.sizes import row_bytes
 from hps_numba.types import TableSpec
 
+IN_THIS_PROCESS = (DatabaseType.HASH_MAP, DatabaseType.PARALLEL_HASH_MAP)
 _DISK_KEY_BYTES = 24  # of a row in RocksDB: key, sequence number, index, bloom filter
 
 
 @dataclass(frozen=True)
 class TableEstimate:
-    """Bytes of one table with the rows of its model directory."""
+    """Bytes of one table with the rows of its model directory.
+
+    Those of Redis are about right, for a server of version 7 and the memory allocator
+    that it comes with; replicas take as much again.
+    """
 
     model: str
     table: str
@@ -29,6 +35,7 @@ class TableEstimate:
     gpu_bytes: int  # its part of the model's cache, on each of gpu_devices
     gpu_rows: int  # rows that the cache can hold, no more than there are
     gpu_devices: tuple[int, ...]  # none without gpucache
+    redis_bytes: int = 0  # of all masters together
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Estimate:
     gpu_bytes: dict[int, int]  # of all caches on a device, by device
     gpu_buffer_bytes: dict[int, int]  # of the buffers of lookups and writes there
     pinned_bytes: int  # of the same buffers in host memory, for all devices
+    redis_bytes: int = 0
 
 
 def overflow_of(config: ParameterServerConfig) -> Overflow:
@@ -87,6 +95,7 @@ def estimate(config: ParameterServerConfig) -> Estimate:
                 gpu_bytes=plan.table_bytes(spec.tag) if plan else 0,
                 gpu_rows=plan.n_rows(spec.tag) if plan else 0,
                 gpu_devices=config.model(spec.model).deployed_devices if plan else (),
+                redis_bytes=rows * redis_row_bytes(config, spec),
             )
         )
     buffers = _buffers(config, plans)
@@ -98,7 +107,17 @@ def estimate(config: ParameterServerConfig) -> Estimate:
         gpu_bytes=_by_device((t.gpu_devices, t.gpu_bytes) for t in tables),
         gpu_buffer_bytes=_by_device((d, each.device) for d, each in buffers),
         pinned_bytes=sum(len(d) * each.pinned for d, each in buffers),
+        redis_bytes=sum(t.redis_bytes for t in tables),
     )
+
+
+def redis_row_bytes(config: ParameterServerConfig, spec: TableSpec) -> int:
+    """Return about how many bytes of Redis a row takes; 0 without Redis."""
+    volatile = config.volatile_db
+    if volatile.type is not DatabaseType.REDIS_CLUSTER:
+        return 0
+    notes_uses = overflow_of(config).margin is not None
+    return row_bytes(spec, volatile.redis_layout, notes_uses=notes_uses)
 
 
 def host_shares(
@@ -185,7 +204,7 @@ def _needs(
 ) -> list[tuple[TableSpec, int, int]]:
     """Return each table with its rows in files and the host bytes they take."""
     volatile = config.volatile_db
-    in_memory = volatile.type is not DatabaseType.DISABLED
+    in_memory = volatile.type in IN_THIS_PROCESS
     found = []
     for params in models:
         files = params.sparse_model_files or [None] * len(params.tables())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Literal
 
@@ -123,8 +123,9 @@ class ModelSet:
             for table in served.tables:
                 self._gpus.forget(table.spec.tag)
             _close_caches(served)
-            keep = [] if drop_tables else [table.spec.name for table in served.tables]
-            self._release_locked(served.params, keep=keep)
+            names = [] if drop_tables else [table.spec.name for table in served.tables]
+            kept = {tier.name: names for tier in self._stores.lasting}
+            self._release_locked(served.params, kept)
 
     def reload(self, name: str, *, force: bool) -> bool:
         """Load what changed of a model's files; return whether anything did."""
@@ -164,8 +165,8 @@ class ModelSet:
     def _serve_locked(
         self, params: InferenceParams, shares: dict[str, int | None], force: bool
     ) -> None:
-        persistent = self._stores.persistent
-        stored = persistent.tables(params.model_name) if persistent else []
+        lasting = self._stores.lasting
+        kept = {tier.name: tier.tables(params.model_name) for tier in lasting}
         try:
             tables = tuple(
                 self._open_locked(spec, shares[spec.tag]) for spec in params.tables()
@@ -178,7 +179,7 @@ class ModelSet:
                 table.warm_up()
             self._open_caches(served, sources)
         except BaseException:
-            self._release_locked(params, keep=stored)
+            self._release_locked(params, kept)
             raise
         self._served[params.model_name] = served
 
@@ -199,17 +200,22 @@ class ModelSet:
             failures=self._failures,
         )
 
-    def _release_locked(self, params: InferenceParams, *, keep: list[str]) -> None:
-        """Free a model's host memory, and drop its stored tables but those to keep."""
-        volatile, persistent = self._stores.volatile, self._stores.persistent
+    def _release_locked(
+        self, params: InferenceParams, kept: Mapping[str, list[str]]
+    ) -> None:
+        """Free a model's host memory, and drop its stored tables but those to keep.
+
+        Of tables that lasting tiers keep, ``kept`` has the names by tier.
+        """
         for spec in params.tables():
             self._grants.pop(spec.tag, None)
             self._backfills.forget(spec.tag)
-            if volatile is not None:
-                volatile.drop_table(spec.tag)
-        for spec in params.tables():
-            if persistent is not None and spec.name not in keep:
-                persistent.drop_table(spec.tag)
+            if self._stores.local is not None:
+                self._stores.local.drop_table(spec.tag)
+        for tier in self._stores.lasting:
+            for spec in params.tables():
+                if spec.name not in kept[tier.name]:
+                    tier.drop_table(spec.tag)
 
     def _load(
         self, served: ServedModel, sources: list[Source | None], force: bool

@@ -238,7 +238,7 @@ def test_a_configuration_is_given_once(tmp_path: Path) -> None:
     ("options", "what"),
     [
         (
-            {"volatile": {"type": "redis_cluster", "num_partitions": 8}},
+            {"volatile": {"type": "multi_process_hash_map"}},
             r"volatile_db\.type",
         ),
         (
