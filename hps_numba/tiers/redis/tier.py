@@ -23,16 +23,16 @@ from hps_numba.tiers.redis.exchange import Exchange
 from hps_numba.tiers.redis.health import Health, NodeState
 from hps_numba.tiers.redis.lane import Lanes
 from hps_numba.tiers.redis.layout import Layout
+from hps_numba.tiers.redis.lease import Lease
 from hps_numba.tiers.redis.reading import Reader
 from hps_numba.tiers.redis.registry import Registry
-from hps_numba.tiers.redis.scripts import LEASE_US, OPEN
+from hps_numba.tiers.redis.scripts import OPEN
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.tiers.redis.writing import Writer
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
 
 _ROW_OVERHEAD = {RedisLayout.STRINGS: 121, RedisLayout.HASHES: 89}  # bytes, measured
-_RENEW_S = LEASE_US / 1e6 / 3
 
 
 class RedisTier(LastingTier):
@@ -177,13 +177,18 @@ class RedisTier(LastingTier):
         ascending: bool = False,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> int:
-        """Replace all rows, key by key; ``ascending`` makes no difference."""
+        """Replace all rows, key by key; ``ascending`` makes no difference.
+
+        An update of another server meanwhile is one more write: of it and the row that
+        is loaded the later one stays.
+        """
         with self._using(tag) as table:
             self._registry.set_fingerprint(tag, None)
-            self._stamp_all(table, LEASE_US)
+            lease = Lease(lambda lease_us: self._stamp_all(table, lease_us), tag)
+            lease.begin()
             before = self._keys(table)
             loaded: list[Keys] = []
-            n_rows, renew_s = 0, monotonic() + _RENEW_S
+            n_rows = 0
             for block in blocks:
                 check_rows(table.spec, block.keys, block.rows)
                 with table.lock:
@@ -193,12 +198,10 @@ class RedisTier(LastingTier):
                 n_rows += len(block)
                 if progress is not None:
                     progress(len(block))
-                if monotonic() >= renew_s:
-                    self._stamp_all(table, LEASE_US)
-                    renew_s = monotonic() + _RENEW_S
+                lease.keep()
             gone = np.setdiff1d(before, np.concatenate([before[:0], *loaded]))
             self._evict(table, gone)
-            self._stamp_all(table, 0)
+            lease.end()
             self._registry.set_fingerprint(tag, fingerprint)
             return n_rows
 
