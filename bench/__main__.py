@@ -10,13 +10,27 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import bench_host, bench_lookup, bench_pipeline, bench_redis, bench_rocksdb
+from bench import (
+    bench_host,
+    bench_lookup,
+    bench_pipeline,
+    bench_redis,
+    bench_rocksdb,
+    bench_three_tiers,
+)
 from bench.defaults import FULL, FULL_PLAN, SMOKE, SMOKE_PLAN, Run
 from bench.records import Result, origin, read, write
 
 RESULTS = Path(__file__).parent / "results"
 
-MODULES = (bench_host, bench_redis, bench_rocksdb, bench_pipeline, bench_lookup)
+MODULES = (
+    bench_host,
+    bench_redis,
+    bench_rocksdb,
+    bench_pipeline,
+    bench_three_tiers,
+    bench_lookup,
+)
 BENCHMARKS = {b.__name__: b for module in MODULES for b in module.BENCHMARKS}
 
 

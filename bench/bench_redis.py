@@ -16,6 +16,7 @@ from bench.redis_baselines import (
     NullClient,
     RedisBenchmark,
     names_of,
+    slow_parser,
     write_plainly,
 )
 from bench.redis_setups import (
@@ -71,7 +72,7 @@ def redis_fetch(run: Run) -> Iterator[Result]:
                         ],
                         params={"dim": dim, "n_rows": sizes.n_rows, "batch": batch},
                         claims=_fetch_claims(dim, batch),
-                        absent=absent,
+                        absent={**absent, **slow_parser()},
                         meter=meter(pids),
                     )
 
@@ -101,6 +102,7 @@ def redis_cluster(run: Run) -> Iterator[Result]:
                         Claim(HASHES, PLAIN_CLUSTER, hashes),
                         Claim(STRINGS, PLAIN_CLUSTER, strings),
                     ],
+                    absent=slow_parser(),
                     meter=servers.meter,
                 )
 
@@ -123,6 +125,7 @@ def redis_cpu(run: Run) -> Iterator[Result]:
                 [Variant(name, setup, batch) for name, setup in setups.items()],
                 params={"dim": dim, "n_rows": sizes.n_rows, "batch": batch},
                 claims=[Claim(STRINGS, PLAIN, floor), Claim(HASHES, PLAIN, floor)],
+                absent=slow_parser(),
                 meter=servers.meter,
             )
 
@@ -149,6 +152,7 @@ def redis_load(run: Run) -> Iterator[Result]:
                     Claim(STRINGS, PLAIN_SET, defaults.REDIS_MSET_AGAINST_PIPELINE),
                     Claim(HASHES, PLAIN_SET, defaults.REDIS_HSET_AGAINST_PIPELINE),
                 ],
+                absent=slow_parser(),
                 meter=meter([server.pid]),
             )
 

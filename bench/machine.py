@@ -11,7 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
-PACKAGES = ("hps-numba", "numpy", "numba", "llvmlite", "rocksdict", "pydantic")
+PACKAGES = (
+    "hps-numba",
+    "numpy",
+    "numba",
+    "llvmlite",
+    "rocksdict",
+    "redis",
+    "hiredis",
+    "pydantic",
+)
 
 
 @dataclass(frozen=True)
