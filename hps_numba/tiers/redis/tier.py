@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hps_numba.config.enums import RedisLayout
 from hps_numba.errors import ClosedError, ConfigError, TierError, UnknownTableError
@@ -155,6 +156,10 @@ class RedisTier(LastingTier):
             if errors:
                 raise errors[0]
             return int(np.count_nonzero(found)) - before
+
+    def arrange(self, tag: str, keys: Keys) -> NDArray[np.int64] | None:
+        """Return the keys partition by partition: rows come in this order."""
+        return self._table(tag).grouped(keys)[0]
 
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
         """Store the newest rows of keys."""
