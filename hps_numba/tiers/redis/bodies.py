@@ -9,9 +9,10 @@ import numpy as np
 from hps_numba.kernels.host import resp_write as write
 from hps_numba.tiers.redis.channel import KEYS_PER_COMMAND
 from hps_numba.tiers.redis.exchange import Unit
-from hps_numba.tiers.redis.layout import Bytes, CommandText, Numbers
+from hps_numba.tiers.redis.layout import Bytes, CommandText, Numbers, pack
+from hps_numba.tiers.redis.overflow_scripts import ADOPT
 from hps_numba.tiers.redis.table import RedisTable
-from hps_numba.types import Keys
+from hps_numba.types import Keys, OverflowPolicy
 
 _ROWS_PER_COMMAND = 256
 _ROWS_PER_PIECE = 1024  # a server does nothing else while it works on one
@@ -56,24 +57,37 @@ class Bodies:
         self._for_rows, self._for_uses = _Buffer(), _Buffer()
         self._use = work.table.use()
         self._uses: Bytes | None = None
+        policy = work.table.overflow.policy
+        # A row that is written again keeps the number of its uses.
+        least_used = policy is OverflowPolicy.EVICT_LEAST_USED
+        self._adopts = work.table.limited and least_used
         if self._use is not None and work.rows is not None:
             use = np.frombuffer(self._use, np.uint8)
             self._uses = np.tile(use, (work.keys.size, 1))
 
     def unit(self, piece: Piece) -> Unit:
-        """Return the commands that put or delete the rows of a piece."""
+        """Return the commands that put or delete the rows of a piece.
+
+        If partitions have a margin, the last reply to rows is how many there are now.
+        """
         p, low, high = piece
         work, layout = self._work, self._work.table.layout
+        parts: list[tuple[bytes | Bytes, int]] = []
         if work.rows is None:
-            parts = [self._for_rows.keys(layout.deleting, work, piece)]
+            parts.append(self._for_rows.keys(layout.deleting, work, piece))
             if self._use is not None:
                 parts.append(self._for_uses.keys(layout.forgetting, work, piece))
         else:
-            parts = [self._for_rows.rows(layout.writing, work, piece, work.rows)]
-            if self._uses is not None:
+            parts.append(self._for_rows.rows(layout.writing, work, piece, work.rows))
+            if self._adopts:
+                new = work.keys[work.order[low:high]].tobytes()
+                parts.append((pack(b"EVAL", ADOPT, 1, layout.uses_key(p), new), 1))
+            elif self._uses is not None:
                 parts.append(
                     self._for_uses.rows(layout.noting, work, piece, self._uses)
                 )
+            if work.table.limited:
+                parts.append((pack(b"HLEN", work.table.counted_key(p)), 1))
         n_replies = sum(n for _, n in parts)
         return Unit(p, [text for text, _ in parts], n_replies, low, high)
 

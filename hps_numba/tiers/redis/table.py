@@ -47,6 +47,7 @@ class RedisTable:
         self.refused_backfills = 0  # guarded by lock
         self.evictions = 0  # guarded by lock
         self.dropped_rows = 0
+        self._too_large: dict[int, int] = {}  # guarded by lock
 
     @property
     def spec(self) -> TableSpec:
@@ -62,9 +63,37 @@ class RedisTable:
         """Refuse backfills of keys (of all, if None) while the context lasts."""
         return self.stamps.held(self.lock, keys)
 
+    @property
+    def limited(self) -> bool:
+        """Whether partitions have a margin."""
+        return self.overflow.margin is not None
+
+    @property
+    def notes_uses(self) -> bool:
+        """Whether lookups matter to which rows a full partition gives up."""
+        return self.limited and self.overflow.policy is not OverflowPolicy.EVICT_RANDOM
+
+    @property
+    def margin(self) -> int:
+        """Most rows of a partition."""
+        assert self.overflow.margin is not None
+        return self.overflow.margin
+
+    @property
+    def goal(self) -> int:
+        """Rows that eviction leaves in a partition."""
+        return max(int(self.margin * self.overflow.target), 1)
+
+    def counted_key(self, partition: int) -> bytes:
+        """Return the key of the hash that has a field for each row."""
+        layout = self.layout
+        if layout.has_hashes:
+            return layout.rows_key(partition)
+        return layout.uses_key(partition)
+
     def use(self) -> bytes | None:
         """Return what is noted of a row that is written now; None notes nothing."""
-        policy, limited = self.overflow.policy, self.overflow.margin is not None
+        policy, limited = self.overflow.policy, self.limited
         if limited and policy is OverflowPolicy.EVICT_OLDEST:
             return int(time()).to_bytes(8, "little")
         if limited and policy is OverflowPolicy.EVICT_LEAST_USED:
@@ -75,6 +104,16 @@ class RedisTable:
     def see_locked(self, partition: int, number: int) -> None:
         """Note a partition's update number; they only grow."""
         self._numbers[partition] = max(self._numbers[partition], number)
+
+    def see_rows_locked(self, partition: int, n_rows: int, brought: int) -> None:
+        """Note how many rows a partition has after a write that brought some."""
+        if n_rows > self.margin:
+            self._too_large[partition] = self._too_large.get(partition, 0) + brought
+
+    def take_too_large_locked(self) -> dict[int, int]:
+        """Return the partitions above the margin, and what was brought to each."""
+        found, self._too_large = self._too_large, {}
+        return found
 
     def grouped(self, keys: Keys) -> tuple[Numbers, Numbers]:
         """Return the positions of keys by partition, and each partition's bounds."""

@@ -20,11 +20,13 @@ from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis import scanning
 from hps_numba.tiers.redis.client import RedisOptions, connect
 from hps_numba.tiers.redis.errors import map_exceptions
+from hps_numba.tiers.redis.evicting import Evictor
 from hps_numba.tiers.redis.exchange import Exchange
 from hps_numba.tiers.redis.health import Health, NodeState
 from hps_numba.tiers.redis.lane import Lanes
 from hps_numba.tiers.redis.layout import Layout
 from hps_numba.tiers.redis.lease import Lease
+from hps_numba.tiers.redis.overflow import OverflowStats, OverflowWorker
 from hps_numba.tiers.redis.reading import Reader
 from hps_numba.tiers.redis.registry import Registry
 from hps_numba.tiers.redis.scripts import OPEN
@@ -103,6 +105,8 @@ class RedisTier(LastingTier):
             timeout_s=options.timeout_s,
         )
         self._writer = Writer(self._topology, self._health, exchange)
+        evictor = Evictor(self._topology, self._health, exchange)
+        self._overflowing = OverflowWorker(evictor)
         self._lock = threading.Lock()
         self._tables: dict[str, RedisTable] = {}  # written under _lock
         self._closed = False
@@ -141,7 +145,7 @@ class RedisTier(LastingTier):
             check_rows(table.spec, keys, out)
             check_output(table.spec, out, found)
             keys = for_kernel(keys)
-            before = int(np.count_nonzero(found))
+            before, known = int(np.count_nonzero(found)), found.copy()
             end_s = monotonic() + budget_s
             as_bytes, step = out.view(np.uint8), self._max_batch_size
             errors: list[TierError] = []
@@ -153,6 +157,8 @@ class RedisTier(LastingTier):
                     self._reader.fetch(table, keys[part], as_bytes[part], found[part])
                 except TierError as exc:  # of one server; others have more rows
                     errors.append(exc)
+            if table.notes_uses:
+                self._overflowing.note(table, keys[found & ~known])
             if errors:
                 raise errors[0]
             return int(np.count_nonzero(found)) - before
@@ -196,7 +202,7 @@ class RedisTier(LastingTier):
             n_rows = 0
             for block in blocks:
                 check_rows(table.spec, block.keys, block.rows)
-                with table.lock:
+                with self._relieving(table), table.lock:
                     self._writer.put(table, block.keys, block.rows)
                 if before.size:
                     loaded.append(block.keys.copy())
@@ -241,7 +247,7 @@ class RedisTier(LastingTier):
         with self._using(tag) as table:
             check_rows(table.spec, keys, rows)
             own, *numbers = epoch if isinstance(epoch, tuple) else (epoch,)
-            with table.lock:
+            with self._relieving(table), table.lock:
                 admitted = table.stamps.admit(keys, own)
                 some = keys[admitted]
                 stored = 0
@@ -293,6 +299,14 @@ class RedisTier(LastingTier):
                 refused_backfills=table.refused_backfills,
             )
 
+    def overflow_stats(self) -> OverflowStats:
+        """Return what overflow handling has to do, and what it left out."""
+        return self._overflowing.stats()
+
+    def drain(self) -> None:
+        """Wait until overflow handling has nothing left to do."""
+        self._overflowing.drain()
+
     def down(self) -> list[NodeState]:
         """Return the servers that do not answer now."""
         return self._health.down()
@@ -304,6 +318,7 @@ class RedisTier(LastingTier):
             table = self._tables.pop(tag, None)
         if table is None:
             return
+        self._overflowing.forget(tag)
         self._evict(table, self._keys(table))
         self._registry.remove(tag)
         layout = table.layout
@@ -319,16 +334,26 @@ class RedisTier(LastingTier):
                 return
             self._closed = True
             self._tables.clear()
+        self._overflowing.close()
         self._lanes.close()
         self._health.close()
         self._topology.close()
 
     def _update(self, table: RedisTable, keys: Keys, rows: Rows | None) -> int:
-        with table.lock:
+        with self._relieving(table), table.lock:
             try:
                 return self._writer.update(table, keys, rows)
             finally:  # a write that failed may have happened
                 table.stamps.commit(keys)
+
+    @contextmanager
+    def _relieving(self, table: RedisTable) -> Iterator[None]:
+        """Let rows go from the partitions that what is written makes too large."""
+        yield
+        with table.lock:
+            brought = table.take_too_large_locked()
+        if brought:
+            self._overflowing.relieve(table, brought)
 
     def _stamp_all(self, table: RedisTable, lease_us: int) -> None:
         with table.lock:

@@ -65,6 +65,8 @@ class Writer:
             table.see_locked(unit.partition, int(number))
             n_deleting = -(-(unit.high - unit.low) // KEYS_PER_COMMAND)
             removed += sum(counts[:n_deleting]) if rows is None else 0
+            if rows is not None and table.limited:
+                table.see_rows_locked(unit.partition, counts[-1], unit.high - unit.low)
 
         def follow(unit: Unit) -> None:
             nonlocal removed
@@ -82,8 +84,13 @@ class Writer:
     def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:
         """Put rows without stamps, for a load."""
         work = _work(table, keys, rows)
-        build = Bodies(work).unit
-        self._run(work, build, lambda _: None, self._follow_plain(work))
+
+        def settle(unit: Unit) -> None:
+            if table.limited:
+                n_rows = unit.replies[-1]
+                table.see_rows_locked(unit.partition, n_rows, unit.high - unit.low)
+
+        self._run(work, Bodies(work).unit, settle, self._follow_plain(work))
 
     def evict(self, table: RedisTable, keys: Keys) -> int:
         """Delete rows without stamps; return how many there were."""
@@ -146,13 +153,16 @@ class Writer:
                 work.rows[part].tobytes(),
                 use or b"",
             )
-            return Unit(p, [command], 1, low, high)
+            count = [pack(b"HLEN", table.counted_key(p))] if table.limited else []
+            return Unit(p, [command, *count], 1 + len(count), low, high)
 
         def settle(unit: Unit) -> None:
             nonlocal stored
             count, number = unit.replies[0]
             stored += count
             table.see_locked(unit.partition, int(number))
+            if table.limited:
+                table.see_rows_locked(unit.partition, unit.replies[1], count)
 
         # In a slot that is being moved nothing is backfilled: rows and stamps may be
         # on different servers.
