@@ -17,6 +17,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
+from hps_numba.kernels.host.scatter import scatter_rows
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import Keys, Mask, Rows, TableSpec
 
@@ -71,6 +72,13 @@ class InFlight:
         self._register.open_table(_REGISTER)
         self._flights: dict[int, Flight] = {}  # guarded by _lock
         self._numbers = count(1)
+
+    def warm_up(self) -> None:
+        """Compile what the first flight would otherwise wait for."""
+        flight = self.board(np.zeros(1, np.int64)).flight
+        self.land(flight, failed=True)
+        rows, nowhere = flight.rows.view(np.uint8), np.zeros(0, np.int64)
+        scatter_rows(rows, flight.found, nowhere, nowhere, rows, flight.found)
 
     def new_flight(self) -> Flight:
         """Return a flight without keys, to be boarded and, in any case, landed."""
