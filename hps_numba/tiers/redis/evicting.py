@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from time import time
@@ -76,7 +77,8 @@ class Evictor:
             keys = (layout.rows_key(p), layout.uses_key(p))
             prefix = b"" if layout.has_hashes else layout.prefixes[p]
             numbers = (table.goal, VICTIMS, SAMPLE)
-            return pack(b"EVAL", EVICT, 2, *keys, *numbers, policy, prefix)
+            start = random.getrandbits(32)
+            return pack(b"EVAL", EVICT, 2, *keys, *numbers, policy, start, prefix)
 
         answers = [
             a if a.value is None else replace(a, value=Evicted(*a.value))

@@ -27,41 +27,65 @@ end
 EVICT = """
 local rows_key, uses_key = KEYS[1], KEYS[2]
 local goal, most, n_sample = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local policy, prefix = ARGV[4], ARGV[5]
+local policy, cursor, prefix = ARGV[4], ARGV[5], ARGV[6]
 local counted = prefix == '' and rows_key or uses_key
-local rows = redis.call('HLEN', counted)
+local rows, noted = redis.call('HLEN', counted), redis.call('HLEN', uses_key)
 local n = math.min(rows - goal, most)
 if n <= 0 then return {0, rows} end
-if prefix == '' and redis.call('HLEN', uses_key) > rows then
+
+local function sweep()  -- fields without rows, which another server's margin left
   for _, field in ipairs(redis.call('HRANDFIELD', uses_key, most)) do
     if redis.call('HEXISTS', rows_key, field) == 0 then
       redis.call('HDEL', uses_key, field)
     end
   end
 end
-if policy == 'evict_random' then n_sample = n end
-local victims = redis.call('HRANDFIELD', counted, n_sample)
-if policy ~= 'evict_random' then
-  local fields, scores, sorted = victims, {}, {}
-  for i, use in ipairs(redis.call('HMGET', uses_key, unpack(fields))) do
-    local score = -1
-    if use and policy == 'evict_oldest' then
-      score = #use == 8 and struct.unpack('<I8', use) or 0
-    elseif use then
-      score = tonumber(use) or 0
+local function sample()  -- the scan is in the order of a hash with a seed
+  local fields, uses = {}, {}
+  if rows <= n_sample then cursor = '0' end
+  for _ = 1, 4 do
+    local want = n_sample - #fields
+    local reply = redis.call('HSCAN', uses_key, cursor, 'COUNT', want)
+    for i = 1, #reply[2], 2 do
+      fields[#fields + 1] = reply[2][i]
+      uses[#uses + 1] = reply[2][i + 1]
     end
-    scores[i], sorted[i] = score, score
+    cursor = reply[1]
+    if #fields >= n_sample or (cursor == '0' and rows <= n_sample) then break end
+  end
+  return fields, uses
+end
+local function score(use)
+  if not use then return -1 end
+  if policy == 'evict_least_used' then return tonumber(use) or 0 end
+  return #use == 8 and struct.unpack('<I8', use) or 0
+end
+local function worst(fields, uses)
+  local scores, sorted, victims = {}, {}, {}
+  for i = 1, #fields do
+    local s = score(uses[i])
+    scores[i], sorted[i] = s, s
   end
   table.sort(sorted)
+  n = math.min(n, #fields)
   local last, equal = sorted[n], 0
   for i = 1, n do if sorted[i] == last then equal = equal + 1 end end
-  victims = {}
-  for i, score in ipairs(scores) do
-    if score < last or (score == last and equal > 0) then
-      if score == last then equal = equal - 1 end
-      victims[#victims + 1] = fields[i]
-    end
+  for i, s in ipairs(scores) do
+    if s == last then equal = equal - 1 end
+    if s < last or (s == last and equal >= 0) then victims[#victims + 1] = fields[i] end
   end
+  return victims
+end
+
+if prefix == '' and noted > rows then sweep() end
+local victims
+if policy == 'evict_random' then
+  victims = redis.call('HRANDFIELD', counted, n)
+elseif prefix == '' and noted < rows then
+  local fields = redis.call('HRANDFIELD', rows_key, n_sample)
+  victims = worst(fields, redis.call('HMGET', uses_key, unpack(fields)))
+else
+  victims = worst(sample())
 end
 local removed
 if prefix == '' then
@@ -72,7 +96,7 @@ else
   removed = redis.call('DEL', unpack(names))
 end
 redis.call('HDEL', uses_key, unpack(victims))
-return {removed, rows - #victims}
+return {removed, redis.call('HLEN', counted)}
 """
 """Remove some rows of a partition that has more than a goal.
 
@@ -80,9 +104,9 @@ Victims are those of a random sample that were used least, or not for longest; t
 sample is the whole partition if that is small. First go rows of which nothing is noted.
 
 KEYS: rows (any key of the slot, if rows are strings), uses. ARGV: rows to leave, most
-victims, size of the sample, policy, prefix of row keys (empty if rows are fields).
-Returns how many rows were removed, and how many there are now. Rows that are strings
-are counted by what is noted of them.
+victims, size of the sample, policy, any number (where the sample begins), prefix of row
+keys (empty if rows are fields). Returns how many rows were removed, and how many there
+are now. Rows that are strings are counted by what is noted of them.
 """
 
 ADOPT = (
