@@ -184,10 +184,7 @@ class Hierarchy:
         return refreshed
 
     def _refuse_earlier_reads(self) -> None:
-        """Let no row be backfilled or joined that was read before now.
-
-        Any key may have changed, also one that a lookup has read and not backfilled yet.
-        """
+        """Let no row be backfilled or joined that was read before now."""
         with self._write_lock:
             for tier in self.tiers[:-1]:
                 with tier.hold(self.spec.tag):
