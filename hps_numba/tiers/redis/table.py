@@ -46,7 +46,7 @@ class RedisTable:
         self._numbers = numbers  # guarded by lock
         self.refused_backfills = 0  # guarded by lock
         self.evictions = 0  # guarded by lock
-        self.dropped_rows = 0
+        self.rows = 0  # when they were last counted
         self._too_large: dict[int, int] = {}  # guarded by lock
 
     @property

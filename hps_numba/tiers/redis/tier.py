@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -30,12 +30,11 @@ from hps_numba.tiers.redis.overflow import OverflowStats, OverflowWorker
 from hps_numba.tiers.redis.reading import Reader
 from hps_numba.tiers.redis.registry import Registry
 from hps_numba.tiers.redis.scripts import OPEN
+from hps_numba.tiers.redis.sizes import row_bytes
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.tiers.redis.writing import Writer
 from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
-
-_ROW_OVERHEAD = {RedisLayout.STRINGS: 121, RedisLayout.HASHES: 89}  # bytes, measured
 
 
 class RedisTier(LastingTier):
@@ -291,12 +290,17 @@ class RedisTier(LastingTier):
     def stats(self, tag: str) -> TierStats:
         """Return the table's counters; of strings the rows are estimated."""
         with self._using(tag) as table:
-            rows = scanning.estimate(self._topology, table.layout)
+            down = tuple(state.name for state in self.down())
+            if not down:  # else nobody waits for it, and it keeps the last number
+                with suppress(TierError):
+                    table.rows = scanning.estimate(self._topology, table.layout)
+            noted = table.use() is not None
             return TierStats(
-                rows=rows,
-                bytes=rows * (table.spec.row_bytes + _ROW_OVERHEAD[self._kind]),
+                rows=table.rows,
+                bytes=table.rows * row_bytes(table.spec, self._kind, notes_uses=noted),
                 evictions=table.evictions,
                 refused_backfills=table.refused_backfills,
+                down=down,
             )
 
     def overflow_stats(self) -> OverflowStats:
