@@ -15,10 +15,11 @@ from hps_numba.errors import TierError
 from hps_numba.tiers.arguments import for_kernel
 from hps_numba.tiers.redis.bodies import Bodies, Piece, Work
 from hps_numba.tiers.redis.channel import KEYS_PER_COMMAND
+from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.exchange import Exchange, Unit
 from hps_numba.tiers.redis.health import Health
 from hps_numba.tiers.redis.layout import pack
-from hps_numba.tiers.redis.moving import write_moving
+from hps_numba.tiers.redis.moving import Moved, write_moving
 from hps_numba.tiers.redis.reading import tier_error
 from hps_numba.tiers.redis.replies import Fate, fate_of, first_error
 from hps_numba.tiers.redis.scripts import BACKFILL, STAMP
@@ -70,11 +71,7 @@ class Writer:
 
         def follow(unit: Unit) -> None:
             nonlocal removed
-            part = work.order[unit.low : unit.high]
-            given = None if work.rows is None else work.rows[part]
-            done = write_moving(
-                self._topology.client, table, unit.partition, keys[part], given
-            )
+            done = self._follow(work, unit)
             table.see_locked(unit.partition, done.number)
             removed += done.removed
 
@@ -90,7 +87,9 @@ class Writer:
                 n_rows = unit.replies[-1]
                 table.see_rows_locked(unit.partition, n_rows, unit.high - unit.low)
 
-        self._run(work, Bodies(work).unit, settle, self._follow_plain(work))
+        self._run(
+            work, Bodies(work).unit, settle, lambda unit: self._follow(work, unit)
+        )
 
     def evict(self, table: RedisTable, keys: Keys) -> int:
         """Delete rows without stamps; return how many there were."""
@@ -102,8 +101,11 @@ class Writer:
             n_deleting = -(-(unit.high - unit.low) // KEYS_PER_COMMAND)
             removed += sum(unit.replies[:n_deleting])
 
-        build = Bodies(work).unit
-        self._run(work, build, settle, self._follow_plain(work))
+        def follow(unit: Unit) -> None:
+            nonlocal removed
+            removed += self._follow(work, unit).removed
+
+        self._run(work, Bodies(work).unit, settle, follow)
         return removed
 
     def stamp_all(self, table: RedisTable, lease_us: int) -> None:
@@ -119,7 +121,8 @@ class Writer:
 
         def follow(unit: Unit) -> None:
             key = table.layout.stamps_key(unit.partition)
-            number = self._topology.client.eval(STAMP, 1, key, b"", lease_us)
+            with map_exceptions(table.spec.tag):
+                number = self._topology.client.eval(STAMP, 1, key, b"", lease_us)
             table.see_locked(unit.partition, int(number))
 
         none = np.zeros(0, np.int64)
@@ -184,26 +187,20 @@ class Writer:
 
         return build
 
-    def _follow_plain(self, work: Work) -> Callable[[Unit], None]:
-        def follow(unit: Unit) -> None:
-            part = work.order[unit.low : unit.high]
-            rows = None if work.rows is None else work.rows[part]
-            write_moving(
-                self._topology.client,
-                work.table,
-                unit.partition,
-                work.keys[part],
-                rows,
-            )
-
-        return follow
+    def _follow(self, work: Work, unit: Unit) -> Moved:
+        """Write the keys of a unit one by one, wherever they are."""
+        part = work.order[unit.low : unit.high]
+        rows = None if work.rows is None else work.rows[part]
+        return write_moving(
+            self._topology.client, work.table, unit.partition, work.keys[part], rows
+        )
 
     def _run(
         self,
         work: Work,
         build: Callable[[Piece], Unit],
         settle: Callable[[Unit], None],
-        follow: Callable[[Unit], None],
+        follow: Callable[[Unit], object],
     ) -> None:
         """Send the pieces of some work until all are answered, or some never will be.
 
@@ -228,7 +225,10 @@ class Writer:
                         self._topology.moved(error)
                     todo.append((unit.partition, unit.low, unit.high))
                 elif fate is Fate.MOVING:
-                    follow(unit)
+                    try:
+                        follow(unit)
+                    except TierError as exc:
+                        errors.append(exc)
                 else:
                     errors.append(self._told(unit, error, fate, table))
             if not todo:
