@@ -105,9 +105,9 @@ def lookup_update_and_loss_of_stamps(s: Servers) -> None:
     s.lose_stamps()
 
 
-def lookup_two_updates_and_loss_of_stamps(s: Servers) -> None:
-    lookup_update_and_loss_of_stamps(s)
-    s.touch("b")
+def lookup_update_loss_of_stamps_and_update(s: Servers) -> None:
+    lookup_and_update(s)
+    s.lose_stamps_and_touch("a")
 
 
 CASES = [
@@ -126,7 +126,7 @@ CASES = [
     Case(lookup_load_and_learning, apart=True),
     Case(lookup_update_and_loss_of_stamps),
     Case(lookup_update_and_loss_of_stamps, apart=True),
-    Case(lookup_two_updates_and_loss_of_stamps),
+    Case(lookup_update_loss_of_stamps_and_update),
 ]
 if os.environ.get("HPS_TEST_ALL_ORDERS"):
     CASES += [Case(lookups_on_both_and_update, warm=warm) for warm in (True, False)]
@@ -286,7 +286,7 @@ def test_a_planted_fault_is_seen(
             id="backfills are stored without stamps",
         ),
         pytest.param(
-            Case(lookup_two_updates_and_loss_of_stamps),
+            Case(lookup_update_loss_of_stamps_and_update),
             Script(writing, "STAMP", "if last == 0 then restart(KEYS[1], 0) end", ""),
             id="lost stamps are begun anew without a floor",
         ),

@@ -199,14 +199,19 @@ class Servers:
         """Add a backfill of another key, whose answer has the partition's number."""
         self._spawn(name, "redis.learn", self._stage.servers[name].learn)
 
-    def touch(self, name: str) -> None:
-        """Add an update of another key."""
-        tier = self._stage.servers[name].redis
-        self._spawn(name, "redis.touch", lambda: tier.insert(SPEC.tag, OTHER, row(9)))
-
     def lose_stamps(self) -> None:
         """Add the loss of all stamps, as when memory is short."""
         self._spawn("-", "lose", lambda: self._stage.client.delete(STAMPS))
+
+    def lose_stamps_and_touch(self, name: str) -> None:
+        """Add the loss of all stamps, and an update of another key after it."""
+
+        def call() -> None:
+            self._stage.client.delete(STAMPS)
+            self.scheduler.point(f"{name}.redis.touch")
+            self._stage.servers[name].redis.insert(SPEC.tag, OTHER, row(9))
+
+        self._spawn("-", "lose", call)
 
     def check(self) -> str | None:
         """Return what was seen that must not be, or None."""
