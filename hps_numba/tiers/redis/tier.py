@@ -82,12 +82,8 @@ class RedisTier(LastingTier):
         overflow: Overflow | None = None,
         wait_replicas: int = 0,
     ) -> None:
-        for option, value in (
-            ("num_partitions", num_partitions),
-            ("max_batch_size", max_batch_size),
-        ):
-            if value < 1:
-                raise ConfigError(f"Redis: {option}={value}; it is 1 or more")
+        if num_partitions < 1 or max_batch_size < 1:
+            raise ConfigError("redis: num_partitions and max_batch_size are 1 or more")
         self._num_partitions = num_partitions
         self._kind = RedisLayout(layout)
         self._max_batch_size = max_batch_size
