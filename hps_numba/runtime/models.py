@@ -9,7 +9,13 @@ from time import monotonic
 from typing import Literal
 
 from hps_numba.config import InferenceParams, ParameterServerConfig
-from hps_numba.errors import ClosedError, ConfigError, HPSError, UnknownTableError
+from hps_numba.errors import (
+    ClosedError,
+    ConfigError,
+    HPSError,
+    TierError,
+    UnknownTableError,
+)
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.estimate import host_shares
 from hps_numba.runtime.failures import FailureLog
@@ -179,7 +185,10 @@ class ModelSet:
                 table.warm_up()
             self._open_caches(served, sources)
         except BaseException:
-            self._release_locked(params, kept)
+            try:
+                self._release_locked(params, kept)
+            except TierError as exc:  # what failed first is what is raised
+                logger.warning("model=%s not released: %s", params.model_name, exc)
             raise
         self._served[params.model_name] = served
 

@@ -20,9 +20,11 @@ from hps_numba.errors import (
     UpdateError,
 )
 from hps_numba.runtime.hps import HPS
+from hps_numba.tiers.base import Tier
 from hps_numba.tiers.rocksdb import RocksDBTier
 from tests.oracle import versioned_rows, versions_in
-from tests.runtime.deployments import Table, model, server_config, write_table
+from tests.runtime.deployments import Table, Wraps, model, server_config, write_table
+from tests.support.wrappers import FailingTier
 
 ITEMS = Table("items", dim=4, n_rows=200, version=1)
 USERS = Table("users", dim=8, n_rows=50, version=2)
@@ -253,3 +255,22 @@ def test_a_store_that_is_not_there_is_told(
     config = server_config(tmp_path, [model(tmp_path, [ITEMS])], **options)
     with pytest.raises(ConfigError, match=what):
         HPS(config)
+
+
+def test_a_start_that_fails_tells_what_failed_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = Wraps(FailingTier)
+
+    def wrap(tier: Tier) -> Tier:
+        wrapped = failing(tier)
+        assert isinstance(wrapped, FailingTier)
+        wrapped.fail("load")
+        wrapped.fail("drop_table")
+        return wrapped
+
+    config = server_config(tmp_path, [model(tmp_path, [ITEMS])])
+    with pytest.raises(TierUnavailableError, match="load was made to fail"):
+        HPS(config, wrap_tier=wrap)
+    assert "model=wdl not released" in caplog.text
+    assert "drop_table was made to fail" in caplog.text

@@ -189,7 +189,8 @@ class TestOneServer:
             assert versions(server, [1, 2, 3]) == [1, 1, 1]
             assert server.refresh("wdl", "items", keys=[1]) == 0
             assert versions(server, [1, 2, 3]) == [5, 1, 1]
-            assert server.refresh() == ITEMS.n_rows - 1 - 1 + 1 + USERS.n_rows - 1
+            server.drain()  # key 1 is in Redis again
+            assert server.refresh() == ITEMS.n_rows - 1 + USERS.n_rows
             assert versions(server, [1, 2, 3, 4]) == [5, 5, 0, 1]
 
     def test_tables_longer_than_a_request_go_in_chunks(self, site: Site) -> None:

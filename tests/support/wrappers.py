@@ -101,7 +101,7 @@ class WrappedTier(Tier):
         return self.inner.stats(tag)
 
     def drop_table(self, tag: str) -> None:
-        self.inner.drop_table(tag)
+        self._call("drop_table", tag)
 
     def close(self) -> None:
         self.inner.close()
