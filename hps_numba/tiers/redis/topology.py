@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import redis
 from redis.cluster import ClusterNode
 from redis.connection import Connection, ConnectionPool
-from redis.exceptions import ConnectionError, MovedError
+from redis.exceptions import ConnectionError, InvalidResponse, MovedError
 
 from hps_numba.errors import TierTimeoutError, TierUnavailableError
 
@@ -33,9 +33,15 @@ class Node:
         ------
         TierTimeoutError
             If all are in use, which says nothing about the server.
+        InvalidResponse
+            If its greeting is none.
         """
         try:
             return self.pool.get_connection()
+        except (AttributeError, LookupError, TypeError, ValueError) as exc:
+            # redis-py looks into replies that are no map; and keeps the connection.
+            self.pool.disconnect(inuse_connections=False)
+            raise InvalidResponse(f"no greeting of a server: {exc!r}") from exc
         except ConnectionError as exc:
             if str(exc) != _ALL_LENT:
                 raise
