@@ -384,6 +384,9 @@ class RedisTier(LastingTier):
             if self._closed:
                 raise ClosedError("the Redis tier is closed") from exc
             raise
+        finally:
+            if self._closed:  # redis-py has kept what was in use
+                self._topology.close()
 
     def _table(self, tag: str) -> RedisTable:
         table = self._tables.get(tag)

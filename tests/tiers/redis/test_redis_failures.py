@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +16,7 @@ from redis.connection import Connection
 
 from hps_numba.config.enums import RedisLayout
 from hps_numba.errors import (
+    ClosedError,
     TierCorruptionError,
     TierError,
     TierTimeoutError,
@@ -20,12 +24,13 @@ from hps_numba.errors import (
 )
 from hps_numba.tiers.redis import channel as channel_module
 from hps_numba.tiers.redis import health as health_module
-from hps_numba.tiers.redis.client import RedisOptions
+from hps_numba.tiers.redis.client import SPARE_CONNECTIONS, RedisOptions
 from hps_numba.tiers.redis.tier import RedisTier
 from hps_numba.tiers.redis.topology import Node
 from hps_numba.types import Keys, Mask, Rows, TableSpec
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.redis_servers import RedisServer, wait_for
+from tests.tiers.redis.stored import StoredTable, partition_of
 from tests.tiers.redis.versions import SPEC, UNTOUCHED, rows_at, versions_of
 
 pytestmark = [pytest.mark.service, pytest.mark.fault]
@@ -428,3 +433,202 @@ def test_a_server_that_loads_its_data_is_waited_for(
         tier.insert(TAG, keys, rows_at(keys, 2))
         assert_version(tier, keys, 2)
         tier.close()
+
+
+def test_a_key_of_another_type_is_reported_or_read_as_missing(
+    server: RedisServer, open_tier: Callable[..., RedisTier]
+) -> None:
+    keys, rows = filled(500)
+    for layout in (STRINGS, HASHES):
+        server.client().flushall()
+        tier = open_tier(server.address, layout=layout)
+        tier.insert(TAG, keys, rows)
+        with server.client() as client:
+            of_partition = sorted(client.keys("hps_et{*/p2}*"))
+            broken = next(name for name in of_partition if not name.endswith(b"s"))
+            client.delete(broken)
+            client.rpush(broken, "a", "list")
+        got, found, error = fetch(tier, keys)
+        assert (versions_of(keys[found], got[found]) == 1).all()
+        if layout is STRINGS:  # to MGET there is no such key
+            assert error is None
+            assert np.count_nonzero(~found) == 1
+            tier.insert(TAG, keys, rows_at(keys, 2))
+            assert_version(tier, keys, 2)
+        else:
+            assert isinstance(error, TierCorruptionError)
+            assert f"{server.address}: a key of the table has another type" in str(
+                error
+            )
+            assert error.tag == TAG
+            others = partitions(keys) != 2
+            np.testing.assert_array_equal(found, others)
+        assert tier.down() == []
+
+
+@pytest.mark.parametrize("layout", [STRINGS, HASHES])
+def test_a_value_of_another_width_names_table_key_and_both_widths(
+    server: RedisServer, open_tier: Callable[..., RedisTier], layout: RedisLayout
+) -> None:
+    keys, rows = filled(700)
+    tier = open_tier(server.address, layout=layout)
+    tier.insert(TAG, keys, rows)
+    with StoredTable(server.address, TAG, layout, 4) as stored:
+        for wrong in (b"", b"short", bytes(33), bytes(300_000)):
+            stored.put(int(keys[333]), wrong)
+            got, found, error = fetch(tier, keys)
+            assert isinstance(error, TierCorruptionError)
+            assert error.tag == TAG
+            assert re.search(
+                rf"{TAG}: 1 value\(s\) are no rows of dim 8, float32 \(32 bytes\); key "
+                rf"{keys[333]} has {len(wrong)} bytes",
+                str(error),
+            )
+            assert np.flatnonzero(~found).tolist() == [333]
+            assert (versions_of(keys[found], got[found]) == 1).all()
+    tier.insert(TAG, keys, rows_at(keys, 2))
+    assert_version(tier, keys, 2)
+    assert tier._health.failures == 0
+
+
+@pytest.mark.parametrize("layout", [STRINGS, HASHES])
+def test_a_server_without_memory_takes_no_rows_and_gives_those_it_has(
+    open_tier: Callable[..., RedisTier], layout: RedisLayout
+) -> None:
+    keys, rows = filled(2000)
+    with RedisServer({"maxmemory-policy": "noeviction"}) as server:
+        tier = open_tier(server.address, layout=layout)
+        tier.insert(TAG, keys, rows)
+        epoch = tier.epoch(TAG)
+        with server.client() as client:
+            client.config_set("maxmemory", "100kb")
+            more = keys + 1
+            with pytest.raises(
+                TierUnavailableError, match=f"{server.address}: .* memory limit"
+            ):
+                tier.insert(TAG, keys, rows_at(keys, 2))
+            with pytest.raises(TierUnavailableError, match="memory limit"):
+                tier.backfill(TAG, more, rows_at(more, 2), epoch)
+            assert_version(tier, keys, 1)
+            assert tier.down() == []
+            tier.evict(TAG, keys[:500])
+            assert not fetch(tier, keys[:500])[1].any()
+            client.config_set("maxmemory", "0")
+        tier.insert(TAG, keys, rows_at(keys, 3))
+        assert_version(tier, keys, 3)
+        tier.close()
+
+
+def test_many_threads_share_few_connections(
+    server: RedisServer, open_tier: Callable[..., RedisTier]
+) -> None:
+    """Eight lookups of 100,000 keys at once: three of them wait, none fails."""
+    keys, rows = filled(100_000)
+    tier = open_tier(server.address, max_connections=5, layout=HASHES)
+    tier.insert(TAG, keys, rows)
+    start, most = threading.Barrier(8), []
+
+    def look(seed: int) -> None:
+        mine = np.random.default_rng(seed).permutation(keys)
+        start.wait()
+        for _ in range(2):
+            assert_version(tier, mine, 1)
+            with server.client() as client:
+                most.append(len(client.client_list()))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(8)))
+    assert tier._health.failures == 0
+    of_lookups, of_writes, of_this_test = 5, 2, 8
+    assert max(most) <= of_lookups + of_writes + of_this_test
+
+
+def test_connections_that_are_all_in_use_are_no_outage(
+    server: RedisServer, open_tier: Callable[..., RedisTier]
+) -> None:
+    keys, rows = filled(10)
+    tier = open_tier(server.address, max_connections=1, timeout_s=0.05)
+    tier.insert(TAG, keys, rows)
+    node = tier._topology.masters()[0]
+    taken = [node.connection() for _ in range(1 + SPARE_CONNECTIONS)]
+    _, _, error = fetch(tier, keys)
+    assert isinstance(error, TierTimeoutError)
+    assert f"all connections to {server.address} are in use" in str(error)
+    with pytest.raises(TierTimeoutError, match="are in use"):
+        tier.insert(TAG, keys, rows)
+    assert tier._health.failures == 0
+    for connection in taken:
+        node.give_back(connection)
+    assert_version(tier, keys, 1)
+
+
+def test_closing_beside_lookups_and_writes_ends_them_and_all_connections(
+    server: RedisServer,
+) -> None:
+    keys, rows = filled(20_000)
+    for _ in range(3):
+        before = open_sockets()
+        tier = RedisTier(RedisOptions(server.address, max_connections=3))
+        tier.open_table(SPEC)
+        tier.insert(TAG, keys, rows)
+        looked = threading.Semaphore(0)
+
+        def look(tier: RedisTier = tier, looked: Any = looked) -> None:
+            while True:
+                assert_version(tier, keys, 1)
+                looked.release()
+
+        def write(tier: RedisTier = tier) -> None:
+            while True:
+                tier.insert(TAG, keys, rows)
+
+        def list_rows(tier: RedisTier = tier) -> None:
+            while True:
+                assert sum(len(block) for block in tier.iterate(TAG)) == keys.size
+
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(look) for _ in range(5)]
+            jobs += [pool.submit(write), pool.submit(list_rows)]
+            for _ in range(10):
+                looked.acquire()
+            tier.close()
+            for job in jobs:
+                with pytest.raises(ClosedError):
+                    job.result(timeout=10)
+        tier.close()
+        assert open_sockets() == before
+
+
+def test_a_closed_tier_leaves_no_connection_and_no_thread_behind() -> None:
+    keys, rows = filled(1000)
+    with RedisServer() as server, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = open_sockets()
+        tier = RedisTier(RedisOptions(server.address, timeout_s=0.1))
+        tier.open_table(SPEC)
+        tier.insert(TAG, keys, rows)
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(lambda _: assert_version(tier, keys, 1), range(20)))
+        server.pause()
+        assert isinstance(fetch(tier, keys)[2], TierTimeoutError)
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("hps-redis-health") == 1
+        tier.close()
+        server.resume()
+        assert open_sockets() == before
+        names = [thread.name for thread in threading.enumerate()]
+        assert not any(name.startswith("hps-redis") for name in names)
+        with pytest.raises(ClosedError):
+            tier.fetch(TAG, keys, np.empty_like(rows), np.zeros(keys.size, bool))
+
+
+def partitions(keys: Keys) -> Any:
+    return np.array([partition_of(key, 4) for key in keys.tolist()])
+
+
+def open_sockets() -> int:
+    """Return how many sockets this process has."""
+    names = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    # The folder's own is closed by now.
+    links = [os.readlink(name) for name in names if os.path.lexists(name)]
+    return sum(link.startswith("socket:") for link in links)
