@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import hps_numba as hps
-from hps_numba.config import InferenceParams, ParameterServerConfig
+from hps_numba.config import InferenceParams, ParameterServerConfig, RedisLayout
 from hps_numba.kernels.cuda.layout import DUMP_BYTES
 from hps_numba.runtime.gpu.lane_layout import buffer_bytes, lane_layouts
 from hps_numba.runtime.gpu.sizing import plan_cache
 from hps_numba.tiers.model_files import write_model_directory
+from hps_numba.tiers.redis.sizes import row_bytes
 
 
 @pytest.fixture
@@ -99,6 +100,24 @@ def test_a_frequency_file_that_cannot_be_read_is_refused_at_once(files: str) -> 
     hps.estimate(ParameterServerConfig(models=[params.replace(init_ec=False)]))
     host = params.replace(use_gpu_embedding_cache=False)
     hps.estimate(ParameterServerConfig(models=[host]))
+
+
+@pytest.mark.parametrize("layout", ["strings", "hashes"])
+def test_redis_takes_no_memory_of_this_machine(files: str, layout: str) -> None:
+    redis: dict[str, Any] = {"type": "redis_cluster", "redis_layout": layout}
+    models = [model("a", files, use_gpu_embedding_cache=False)]
+    told = hps.estimate(ParameterServerConfig(models=models, volatile_db=redis))
+    assert told.host_bytes == 0
+    some, none = told.tables
+    assert (none.redis_bytes, told.redis_bytes) == (0, some.redis_bytes)
+    spec = models[0].tables()[0]
+    assert some.redis_bytes == 1000 * row_bytes(spec, RedisLayout(layout))
+    noted = redis | {"overflow_margin": 100}
+    more = hps.estimate(ParameterServerConfig(models=models, volatile_db=noted))
+    assert more.redis_bytes > told.redis_bytes
+    host = hps.estimate(ParameterServerConfig(models=models))
+    assert host.redis_bytes == 0
+    assert host.host_bytes > 0
 
 
 def test_an_estimate_loads_nothing_of_cuda() -> None:
