@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +25,7 @@ from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
 from hps_numba.runtime.upper import UpperCache, evict_in_any_case, replace_rows
-from hps_numba.tiers.base import Tier, TierStats
+from hps_numba.tiers.base import Tier
 from hps_numba.tiers.model_files import Fingerprint
 from hps_numba.types import FailureMode, Keys, Mask, Rows, TableSpec
 
@@ -73,7 +73,6 @@ class Hierarchy:
         self.spec = spec
         self.tiers = tuple(tiers)
         self.counters = TableCounters(tier.name for tier in tiers)
-        self._last_stats = {tier.name: TierStats(0, 0) for tier in tiers}
         self.origin: Fingerprint | None = None  # files in memory, if no tier knows
         self.caches: tuple[UpperCache, ...] = ()  # above the tiers, one a device
         self._backfills = backfills
@@ -252,16 +251,11 @@ class Hierarchy:
         return [str(name) for name in names]
 
     def stats(self) -> TableStats:
-        """Return the table's counters; of a tier that is down, what it said last."""
-        tiers = [(tier.name, self._stats_of(tier)) for tier in self.tiers]
+        """Return the table's counters."""
+        tiers = [(tier.name, tier.stats(self.spec.tag)) for tier in self.tiers]
         return self.counters.snapshot(
             self.spec.model, self.spec.name, tiers, [c.use() for c in self.caches]
         )
-
-    def _stats_of(self, tier: Tier) -> TierStats:
-        with suppress(TierError):
-            self._last_stats[tier.name] = tier.stats(self.spec.tag)
-        return self._last_stats[tier.name]
 
     def _arranged(self, keys: Keys) -> tuple[Keys, NDArray[np.int64]]:
         """Return the unique keys, and where in them each key is.

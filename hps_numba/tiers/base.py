@@ -201,7 +201,7 @@ class Tier(ABC):
 
     @abstractmethod
     def stats(self, tag: str) -> TierStats:
-        """Return the table's counters; cheap, and no error if the tier cannot answer."""
+        """Return the table's counters; cheap, and no error if the tier is down."""
 
     @abstractmethod
     def drop_table(self, tag: str) -> None:

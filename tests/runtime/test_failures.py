@@ -13,12 +13,11 @@ from hps_numba.runtime.backfill import Backfill, BackfillQueue
 from hps_numba.runtime.chunk import Chunk
 from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.hierarchy import Hierarchy
-from hps_numba.tiers.base import TierStats
 from hps_numba.tiers.host import HostTier
 from hps_numba.types import FailureMode, TableSpec
 from tests.oracle import versioned_rows
 from tests.runtime.histories import LowerTier
-from tests.support.wrappers import FailingTier, WrappedTier
+from tests.support.wrappers import FailingTier
 
 SPEC = TableSpec("model", "table", 4)
 OTHER = TableSpec("model", "other", 4)
@@ -142,37 +141,6 @@ def test_every_failure_of_a_lookup_is_counted(
     degrades = mode is FailureMode.DEGRADE
     assert raised == (0 if degrades else 7)
     assert len(caplog.records) == int(degrades)  # who raises need not log as well
-
-
-def test_a_tier_that_is_down_leaves_the_statistics(
-    host: FailingTier, lower: LowerTier
-) -> None:
-    class Down(WrappedTier):
-        """Answers the first question for statistics, and no other."""
-
-        asked = 0
-
-        def stats(self, tag: str) -> TierStats:
-            self.asked += 1
-            if self.asked > 1:
-                raise failure(self.name)
-            return super().stats(tag)
-
-    host.insert(SPEC.tag, KEYS, versioned_rows(KEYS, 1, SPEC.dim))
-    table = Hierarchy(
-        SPEC,
-        [Down(host), lower],
-        backfills=None,
-        on_failure=FailureMode.RAISE,
-        write_rows=64,
-    )
-    before = table.stats()
-    assert before.tiers[0].rows == 40
-    table.ask_local(Chunk(KEYS, np.zeros((40, 4), np.float32), KEYS < 0))
-    upper, below = table.stats().tiers
-    assert (upper.rows, upper.bytes) == (40, before.tiers[0].bytes)
-    assert (upper.asked, upper.hits) == (40, 40)
-    assert below.rows == 40
 
 
 def test_the_tables_of_a_server_share_what_they_say(
