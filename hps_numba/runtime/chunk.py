@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 from hps_numba.types import Keys, Mask, Rows
 
@@ -22,6 +23,8 @@ class Chunk:
     joined: int = 0
     degraded: bool = False
     watch: Watch | None = None  # told of every tier that is asked for these keys
+    # Held while a tier is asked that answers one chunk after the other.
+    turn: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     @property
     def done(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -279,7 +279,7 @@ class Hierarchy:
         failed = True
         try:
             boarding = in_flight.board(keys, flight)
-            self._fly(flight, chunk.watch)
+            self._fly(flight, chunk)
             failed = False
         finally:
             in_flight.land(flight, failed=failed)
@@ -293,7 +293,7 @@ class Hierarchy:
             wait.flight.landed.wait()
             if wait.flight.failed:
                 own = Flight(0, keys[wait.mine], *self._blank(wait.mine.size))
-                self._fly(own, chunk.watch)
+                self._fly(own, chunk)
                 rows[wait.mine], found[wait.mine] = own.rows, own.found
                 chunk.degraded |= own.degraded
             else:
@@ -303,7 +303,7 @@ class Hierarchy:
                 chunk.joined += wait.mine.size
         return rows, found
 
-    def _fly(self, flight: Flight, watch: Watch | None) -> None:
+    def _fly(self, flight: Flight, chunk: Chunk) -> None:
         """Fetch the keys of a flight from tier to tier and backfill what was found."""
         tag = self.spec.tag
         # Read before the rows are: see "No resurrection" in tiers.base.
@@ -314,7 +314,8 @@ class Hierarchy:
             if asked == 0:
                 return
             before = flight.found.copy()
-            hits = self._ask(tier, flight, flight.rows, asked, watch)
+            with chunk.turn if tier.in_turn else nullcontext():
+                hits = self._ask(tier, flight, flight.rows, asked, chunk.watch)
             n_found += hits
             self.counters.add_use(tier.name, asked, hits)
             if hits and self._backfills is not None:

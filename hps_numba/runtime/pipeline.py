@@ -12,11 +12,14 @@ memory, two in turn: a block is ``take``-n before its chunk is asked for, and ``
 to the device when the chunk has landed.
 
 At most two chunks are in the remote stage in workers; the caller takes the last chunk's
-remote stage itself, so a lookup of one chunk changes threads nowhere.
+remote stage itself, so a lookup of one chunk changes threads nowhere. In a tier that
+answers in turn there is one of them at a time: two would share its answers, come back
+at the same time, and leave it idle while both ask the tier below.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future, wait
@@ -84,7 +87,7 @@ class Pipeline:
         ClosedError
             If the workers were sent home meanwhile.
         """
-        last = len(work) - 1
+        last, turn = len(work) - 1, threading.Lock()
         flying: deque[tuple[int, Future[None]]] = deque()
 
         def land() -> None:
@@ -100,6 +103,7 @@ class Pipeline:
         try:
             for number, (hierarchy, chunk) in enumerate(work):
                 self._watch(number, chunk)
+                chunk.turn = turn
                 if blocks is not None:
                     while flying and flying[0][0] <= number - BUFFERS:
                         land()

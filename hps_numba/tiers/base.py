@@ -60,6 +60,9 @@ class Tier(ABC):
     local: bool
     """Whether asking this tier costs less than asking what is in flight."""
 
+    in_turn: bool = False
+    """Whether it answers one chunk of a lookup after the other, however many ask."""
+
     @abstractmethod
     def open_table(self, spec: TableSpec, *, max_bytes: int | None = None) -> None:
         """Create the table, or open what an earlier process left.

@@ -280,3 +280,63 @@ def test_a_single_worker_is_enough(parts: Parts) -> None:
 def test_nothing_to_do_is_done(parts: Parts) -> None:
     parts.pipeline().run([])
     assert parts.seen == []
+
+
+class TierInTurn(LowerTier):
+    """Stays with its first chunk until the second one is about to be asked for."""
+
+    in_turn = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arriving = threading.Semaphore(0)
+        self.inside = threading.Semaphore(1)
+        self.alone: list[bool] = []
+        self.second_is_asked = threading.Event()
+
+    def arrange(self, tag: str, keys: Keys) -> None:
+        self.arriving.release()
+
+    def fetch(self, *args: Any, **kwargs: Any) -> int:
+        self.alone.append(self.inside.acquire(blocking=False))
+        if len(self.alone) == 1:
+            for _ in range(2):  # its own chunk, and the next one
+                assert self.arriving.acquire(timeout=10)
+        elif len(self.alone) == 2:
+            self.second_is_asked.set()
+        hits = super().fetch(*args, **kwargs)
+        self.inside.release()
+        return hits
+
+
+class TierBelow(LowerTier):
+    """Stays with the first chunk until the tier above is asked for the second."""
+
+    def __init__(self, above: TierInTurn) -> None:
+        super().__init__()
+        self.above = above
+
+    def fetch(self, *args: Any, **kwargs: Any) -> int:
+        assert self.above.second_is_asked.wait(10)
+        return super().fetch(*args, **kwargs)
+
+
+def test_a_tier_in_turn_is_asked_for_a_chunk_while_the_next_has_the_last_one() -> None:
+    above = TierInTurn()
+    below = TierBelow(above)
+    keys = np.arange(N_KEYS, dtype=np.int64)
+    for tier, some in ((above, keys[::3].copy()), (below, keys)):
+        tier.open_table(SPEC)
+        tier.insert(SPEC.tag, some, versioned_rows(some, 1, SPEC.dim))
+    table = Hierarchy(
+        SPEC,
+        [above, below],
+        backfills=None,
+        on_failure=FailureMode.RAISE,
+        write_rows=64,
+    )
+    chunks = chunks_of(keys)
+    with ThreadPoolExecutor(BUFFERS) as executor:
+        Pipeline(executor).run([(table, chunk) for chunk in chunks])
+    assert above.alone == [True] * len(chunks)
+    assert all(chunk.done for chunk in chunks)

@@ -28,6 +28,7 @@ class WrappedTier(Tier):
         self.inner = tier
         self.name = tier.name
         self.local = tier.local
+        self.in_turn = tier.in_turn
 
     def before(self, operation: str) -> None:
         """Called before an operation of the tier."""
