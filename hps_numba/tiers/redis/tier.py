@@ -71,6 +71,7 @@ class RedisTier(LastingTier):
 
     name = "redis"
     local = False
+    in_turn = True
 
     def __init__(
         self,
