@@ -12,14 +12,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from uuid import uuid4
 
 import redis
 from redis.exceptions import LockError, RedisError
 from redis.lock import Lock
 
-from hps_numba.errors import ConfigError, TierCorruptionError
+from hps_numba.errors import (
+    ConfigError,
+    TierCorruptionError,
+    TierUnavailableError,
+    UnknownTableError,
+)
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.layout import Layout
+from hps_numba.tiers.redis.scripts import SWAP
 from hps_numba.types import TAG_PREFIX, TableSpec
 
 logger = logging.getLogger(__name__)
@@ -40,6 +47,7 @@ class Entry:
     layout: str
     num_partitions: int
     fingerprint: dict[str, Any] | None = None
+    load: str | None = None  # the load that began last
 
     def __str__(self) -> str:
         """Return the shape, as messages give it."""
@@ -86,7 +94,7 @@ class Registry:
         with map_exceptions(spec.tag):
             self._client.hsetnx(TABLES_KEY, spec.tag, _to_json(ours))
         stored = self.entry(spec.tag)
-        if stored is not None and replace(stored, fingerprint=None) != ours:
+        if stored is not None and replace(stored, fingerprint=None, load=None) != ours:
             raise ConfigError(
                 f"table {spec.tag} is stored in Redis with {stored}; it cannot be "
                 f"opened with {ours}. Drop the table first, or configure it as it is"
@@ -98,15 +106,44 @@ class Registry:
             stored = self._client.hget(TABLES_KEY, tag)
         return None if stored is None else _from_json(stored)
 
-    def set_fingerprint(self, tag: str, fingerprint: Mapping[str, Any] | None) -> None:
-        """Store where a table's rows come from."""
+    def begin_load(self, tag: str) -> str:
+        """Forget where a table's rows come from; return what ``end_load`` asks for.
+
+        Raises
+        ------
+        UnknownTableError
+            If another server dropped the table.
+        """
         entry = self.entry(tag)
-        if entry is not None:
-            given = None if fingerprint is None else dict(fingerprint)
-            with map_exceptions(tag):
-                self._client.hset(
-                    TABLES_KEY, tag, _to_json(replace(entry, fingerprint=given))
-                )
+        if entry is None:
+            raise UnknownTableError(f"table {tag} was dropped in Redis; open it again")
+        begun = _to_json(replace(entry, fingerprint=None, load=uuid4().hex))
+        with map_exceptions(tag):
+            self._client.hset(TABLES_KEY, tag, begun)
+        return begun
+
+    def end_load(
+        self, tag: str, begun: str, fingerprint: Mapping[str, Any] | None
+    ) -> None:
+        """Store where a table's rows come from, unless another load began meanwhile.
+
+        Raises
+        ------
+        TierUnavailableError
+            If one did: the rows may be some of this one, some of that.
+        """
+        given = None if fingerprint is None else dict(fingerprint)
+        entry = replace(_from_json(begun), fingerprint=given)
+        with map_exceptions(tag):
+            swapped = self._client.eval(
+                SWAP, 1, TABLES_KEY, tag, begun, _to_json(entry)
+            )
+        if not swapped:
+            raise TierUnavailableError(
+                "another server loaded or dropped the table meanwhile; load it again",
+                tier="redis",
+                tag=tag,
+            )
 
     def names(self, model: str) -> list[str]:
         """Return the sorted names of a model's tables."""

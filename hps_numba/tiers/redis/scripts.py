@@ -138,3 +138,10 @@ their hash. ARGV: token, bytes of a row, prefix of row keys (empty if rows are f
 keys, buckets, rows, and the use to note. Returns how many were stored, and the
 partition's number.
 """
+
+SWAP = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return 1
+"""
+"""Replace the value of a field if it is the given one; return whether it was."""

@@ -42,6 +42,7 @@ class RedisTable:
         self.overflow = overflow
         self.slots = slots
         self.lock = threading.Lock()
+        self.load_lock = threading.Lock()  # one load at a time; taken before lock
         self.stamps = UpdateStamps()  # guarded by lock
         self._numbers = numbers  # guarded by lock
         self.refused_backfills = 0  # guarded by lock

@@ -189,8 +189,8 @@ class RedisTier(LastingTier):
         An update of another server meanwhile is one more write: of it and the row that
         is loaded the later one stays.
         """
-        with self._using(tag) as table:
-            self._registry.set_fingerprint(tag, None)
+        with self._using(tag) as table, table.load_lock:
+            begun = self._registry.begin_load(tag)
             lease = Lease(lambda lease_us: self._stamp_all(table, lease_us), tag)
             lease.begin()
             before = self._keys(table)
@@ -209,7 +209,7 @@ class RedisTier(LastingTier):
             gone = np.setdiff1d(before, np.concatenate([before[:0], *loaded]))
             self._evict(table, gone)
             lease.end()
-            self._registry.set_fingerprint(tag, fingerprint)
+            self._registry.end_load(tag, begun, fingerprint)
             return n_rows
 
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
