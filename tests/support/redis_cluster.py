@@ -305,6 +305,8 @@ class SlotMove:
     def migrate_keys(self, count: int) -> int:
         """Move at most ``count`` keys; return how many there were to move."""
         with self.source.client() as client:
+            # redis-py would decode the names, some of which are no text.
+            client.response_callbacks.pop("CLUSTER GETKEYSINSLOT", None)
             keys = client.execute_command("CLUSTER GETKEYSINSLOT", self.slot, count)
             if keys:
                 client.execute_command(

@@ -77,15 +77,18 @@ class Evictor:
             keys = (layout.rows_key(p), layout.uses_key(p))
             prefix = b"" if layout.has_hashes else layout.prefixes[p]
             numbers = (table.goal, VICTIMS, SAMPLE)
-            start = random.getrandbits(32)
-            return pack(b"EVAL", EVICT, 2, *keys, *numbers, policy, start, prefix)
+            cursor = table.cursors.get(p) or random.getrandbits(32)
+            return pack(b"EVAL", EVICT, 2, *keys, *numbers, policy, cursor, prefix)
 
-        answers = [
-            a if a.value is None else replace(a, value=Evicted(*a.value))
-            for a in self._ask(table, partitions, command)
-        ]
-        with table.lock:
-            table.evictions += sum(a.value.removed for a in answers if a.value)
+        answers = []
+        for answer in self._ask(table, partitions, command):
+            if answer.value is not None:
+                removed, rows, cursor = answer.value
+                with table.lock:
+                    table.evictions += removed
+                    table.cursors[answer.partition] = cursor
+                answer = replace(answer, value=Evicted(removed, rows))
+            answers.append(answer)
         return answers
 
     def age(self, table: RedisTable, cursors: dict[int, bytes]) -> list[Answer]:

@@ -31,7 +31,7 @@ local policy, cursor, prefix = ARGV[4], ARGV[5], ARGV[6]
 local counted = prefix == '' and rows_key or uses_key
 local rows, noted = redis.call('HLEN', counted), redis.call('HLEN', uses_key)
 local n = math.min(rows - goal, most)
-if n <= 0 then return {0, rows} end
+if n <= 0 then return {0, rows, cursor} end
 
 local function sweep()  -- fields without rows, which another server's margin left
   for _, field in ipairs(redis.call('HRANDFIELD', uses_key, most)) do
@@ -40,7 +40,7 @@ local function sweep()  -- fields without rows, which another server's margin le
     end
   end
 end
-local function sample()  -- the scan is in the order of a hash with a seed
+local function sample()  -- a hash is scanned in an order that the server drew
   local fields, uses = {}, {}
   if rows <= n_sample then cursor = '0' end
   for _ = 1, 4 do
@@ -96,17 +96,18 @@ else
   removed = redis.call('DEL', unpack(names))
 end
 redis.call('HDEL', uses_key, unpack(victims))
-return {removed, redis.call('HLEN', counted)}
+return {removed, redis.call('HLEN', counted), cursor}
 """
 """Remove some rows of a partition that has more than a goal.
 
-Victims are those of a random sample that were used least, or not for longest; the
-sample is the whole partition if that is small. First go rows of which nothing is noted.
+Victims are those of a sample that were used least, or not for longest; one sample
+follows the other through the partition, or is all of it if that is small. First go rows
+of which nothing is noted.
 
 KEYS: rows (any key of the slot, if rows are strings), uses. ARGV: rows to leave, most
-victims, size of the sample, policy, any number (where the sample begins), prefix of row
-keys (empty if rows are fields). Returns how many rows were removed, and how many there
-are now. Rows that are strings are counted by what is noted of them.
+victims, size of the sample, policy, cursor (any at first), prefix of row keys (empty if
+rows are fields). Returns how many rows were removed, how many there are now, and the
+next cursor. Rows that are strings are counted by what is noted of them.
 """
 
 ADOPT = (

@@ -48,6 +48,7 @@ class RedisTable:
         self.refused_backfills = 0  # guarded by lock
         self.evictions = 0  # guarded by lock
         self.rows = 0  # when they were last counted
+        self.cursors: dict[int, bytes] = {}  # of samples of rows; guarded by lock
         self._too_large: dict[int, int] = {}  # guarded by lock
 
     @property
