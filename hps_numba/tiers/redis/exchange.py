@@ -61,10 +61,13 @@ class Exchange:
         self._timeout_s = timeout_s
         self._turns = threading.Semaphore(SPARE_CONNECTIONS // 2)
 
-    def run(self, units: Iterable[Unit], slots: Sequence[int]) -> None:
+    def run(
+        self, units: Iterable[Unit], slots: Sequence[int], *, confirmed: bool = False
+    ) -> None:
         """Send all units and fill in their replies, or why they have none.
 
         ``slots`` has the slot of each partition. Units may be made as they are sent.
+        ``confirmed`` waits for replicas, if any have to have what is written.
         """
         links: dict[str, _Link] = {}
         self._turns.acquire()  # no more writers than there are connections
@@ -74,7 +77,7 @@ class Exchange:
                 if link is not None:
                     link.put(unit)
             for link in links.values():
-                link.finish(self._n_replicas, self._timeout_s)
+                link.finish(self._n_replicas if confirmed else 0, self._timeout_s)
         finally:
             for link in links.values():
                 link.close()

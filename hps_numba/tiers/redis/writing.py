@@ -75,7 +75,7 @@ class Writer:
             table.see_locked(unit.partition, done.number)
             removed += done.removed
 
-        self._run(work, self._updates(work), settle, follow)
+        self._run(work, self._updates(work), settle, follow, confirmed=True)
         return removed
 
     def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:
@@ -87,9 +87,10 @@ class Writer:
                 n_rows = unit.replies[-1]
                 table.see_rows_locked(unit.partition, n_rows, unit.high - unit.low)
 
-        self._run(
-            work, Bodies(work).unit, settle, lambda unit: self._follow(work, unit)
-        )
+        def follow(unit: Unit) -> None:
+            self._follow(work, unit)
+
+        self._run(work, Bodies(work).unit, settle, follow, confirmed=True)
 
     def evict(self, table: RedisTable, keys: Keys) -> int:
         """Delete rows without stamps; return how many there were."""
@@ -127,7 +128,7 @@ class Writer:
 
         none = np.zeros(0, np.int64)
         work = Work(table, none, None, none, np.arange(n + 1, dtype=np.int64))
-        self._run(work, build, settle, follow)
+        self._run(work, build, settle, follow, confirmed=True)
 
     def backfill(
         self, table: RedisTable, keys: Keys, rows: Rows, numbers: tuple[int, ...]
@@ -200,7 +201,9 @@ class Writer:
         work: Work,
         build: Callable[[Piece], Unit],
         settle: Callable[[Unit], None],
-        follow: Callable[[Unit], object],
+        follow: Callable[[Unit], None],
+        *,
+        confirmed: bool = False,
     ) -> None:
         """Send the pieces of some work until all are answered, or some never will be.
 
@@ -211,7 +214,8 @@ class Writer:
         errors: list[TierError] = []
         for attempt in range(_ATTEMPTS):
             sent: list[Unit] = []
-            self._exchange.run(_building(todo, build, sent), table.slots)
+            units = _building(todo, build, sent)
+            self._exchange.run(units, table.slots, confirmed=confirmed)
             todo = []
             for unit in sent:
                 error = unit.error or first_error(unit.replies)
