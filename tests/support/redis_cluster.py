@@ -308,12 +308,18 @@ class SlotMove:
             # redis-py would decode the names, some of which are no text.
             client.response_callbacks.pop("CLUSTER GETKEYSINSLOT", None)
             keys = client.execute_command("CLUSTER GETKEYSINSLOT", self.slot, count)
-            if keys:
-                client.execute_command(
-                    *("MIGRATE", "127.0.0.1", self.to.port, "", 0, MIGRATE_TIMEOUT_MS),
-                    *("KEYS", *keys),
-                )
+        self.migrate(*keys)
         return len(keys)
+
+    def migrate(self, *keys: bytes) -> None:
+        """Move some keys of the slot."""
+        if not keys:
+            return
+        with self.source.client() as client:
+            client.execute_command(
+                *("MIGRATE", "127.0.0.1", self.to.port, "", 0, MIGRATE_TIMEOUT_MS),
+                *("KEYS", *keys),
+            )
 
     def end(self) -> None:
         """Hand the slot over: to its new owner first, so that it always has one."""

@@ -34,10 +34,16 @@ local function now()
 end
 local function text(number) return string.format('%.0f', number) end
 local function number(value) return tonumber(value or 0) end
+-- Not the whole hash: in a slot that is being moved a script cannot make it again.
+local function forget_buckets(key)
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    if #field == 2 then redis.call('HDEL', key, field) end
+  end
+end
 local function restart(key, last)
   local epoch = math.max(now(), last + 1)
-  redis.call('DEL', key)
   redis.call('HSET', key, 'epoch', text(epoch), 'all', text(epoch))
+  forget_buckets(key)
   return epoch
 end
 """
@@ -61,10 +67,8 @@ local buckets, lease = ARGV[1], tonumber(ARGV[2])
 local stamp = text(epoch)
 redis.call('HSET', KEYS[1], 'epoch', stamp)
 if buckets == '' then
-  local moving = redis.call('HGET', KEYS[1], 'moving')
-  redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], 'epoch', stamp, 'all', text(epoch + lease))
-  if moving then redis.call('HSET', KEYS[1], 'moving', moving) end
+  redis.call('HSET', KEYS[1], 'all', text(epoch + lease))
+  forget_buckets(KEYS[1])
 else
   if lease > 0 then redis.call('HSET', KEYS[1], 'moving', text(epoch + lease)) end
   local given = {}
