@@ -83,6 +83,11 @@ class Registry:
             If it is stored with another shape.
         """
         spec = layout.spec
+        if set("{}") & set(spec.tag):
+            raise ConfigError(
+                f"table {spec.tag}: in Redis a name has no braces; they mark what "
+                f"decides about the slot of a key"
+            )
         ours = Entry(
             spec.model,
             spec.name,
@@ -94,6 +99,15 @@ class Registry:
         with map_exceptions(spec.tag):
             self._client.hsetnx(TABLES_KEY, spec.tag, _to_json(ours))
         stored = self.entry(spec.tag)
+        if stored is not None and (stored.model, stored.name) != (
+            spec.model,
+            spec.name,
+        ):
+            raise ConfigError(
+                f"the tag {spec.tag} is that of table {stored.name!r} of model "
+                f"{stored.model!r} in Redis, so table {spec.name!r} of model "
+                f"{spec.model!r} needs another name"
+            )
         if stored is not None and replace(stored, fingerprint=None, load=None) != ours:
             raise ConfigError(
                 f"table {spec.tag} is stored in Redis with {stored}; it cannot be "
