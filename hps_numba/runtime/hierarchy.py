@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +24,7 @@ from hps_numba.runtime.chunk import Chunk, Watch
 from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
+from hps_numba.runtime.turns import Turns
 from hps_numba.runtime.upper import UpperCache, evict_in_any_case, replace_rows
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.model_files import Fingerprint
@@ -82,6 +83,7 @@ class Hierarchy:
         n_local = sum(tier.local for tier in tiers)
         self._local, self._remote = self.tiers[:n_local], self.tiers[n_local:]
         self._in_flight = InFlight(spec) if self._remote else None
+        self._turns = Turns(self.tiers)
         self._write_lock = threading.Lock()  # one update at a time, in all tiers
 
     def warm_up(self) -> None:
@@ -314,8 +316,9 @@ class Hierarchy:
             if asked == 0:
                 return
             before = flight.found.copy()
-            with chunk.turn if tier.in_turn else nullcontext():
+            with self._turns.of(tier, chunk):
                 hits = self._ask(tier, flight, flight.rows, asked, chunk.watch)
+            self._turns.note(tier, asked, hits)
             n_found += hits
             self.counters.add_use(tier.name, asked, hits)
             if hits and self._backfills is not None:

@@ -340,3 +340,71 @@ def test_a_tier_in_turn_is_asked_for_a_chunk_while_the_next_has_the_last_one() -
         Pipeline(executor).run([(table, chunk) for chunk in chunks])
     assert above.alone == [True] * len(chunks)
     assert all(chunk.done for chunk in chunks)
+
+
+class MeetingTier(LowerTier):
+    """Lets two chunks go on together, and counts how often no second one came."""
+
+    in_turn = True
+
+    def __init__(self, *, meet: bool) -> None:
+        super().__init__()
+        self.inside = 0
+        self.most = 0
+        self._changed = threading.Condition()
+        self._meet = meet
+
+    def fetch(self, *args: Any, **kwargs: Any) -> int:
+        with self._changed:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            self._changed.notify_all()
+            if self._meet:
+                assert self._changed.wait_for(lambda: self.most == 2, timeout=10)
+        hits = super().fetch(*args, **kwargs)
+        with self._changed:
+            self.inside -= 1
+        return hits
+
+
+def tiers_of(above: MeetingTier, n_above: int, below: bool) -> Hierarchy:
+    keys = np.arange(N_KEYS, dtype=np.int64)
+    tiers = [above, LowerTier()] if below else [above]
+    for tier, some in zip(tiers, (keys[:n_above], keys), strict=False):
+        tier.open_table(SPEC)
+        tier.insert(SPEC.tag, some, versioned_rows(some, 1, SPEC.dim))
+    return Hierarchy(
+        SPEC, tiers, backfills=None, on_failure=FailureMode.RAISE, write_rows=64
+    )
+
+
+def test_chunks_go_side_by_side_through_a_tier_with_none_below() -> None:
+    table = tiers_of(MeetingTier(meet=True), N_KEYS, below=False)
+    chunks = chunks_of(np.arange(N_KEYS, dtype=np.int64))
+    with ThreadPoolExecutor(BUFFERS) as executor:
+        Pipeline(executor).run([(table, chunk) for chunk in chunks])
+    assert all((versions_in(c.keys, c.out) == 1).all() for c in chunks)
+
+
+def test_chunks_go_side_by_side_once_a_tier_has_nearly_all_keys() -> None:
+    above = MeetingTier(meet=False)
+    table = tiers_of(above, N_KEYS - 5, below=True)
+    keys = np.arange(N_KEYS, dtype=np.int64)
+    with ThreadPoolExecutor(BUFFERS) as executor:
+        Pipeline(executor).run([(table, chunk) for chunk in chunks_of(keys)[:1]])
+        above.most, above._meet = 0, True
+        Pipeline(executor).run([(table, chunk) for chunk in chunks_of(keys)])
+    assert above.most == 2
+
+
+def test_chunks_take_turns_again_when_a_tier_leaves_keys_to_the_next() -> None:
+    above = MeetingTier(meet=False)
+    table = tiers_of(above, N_KEYS // 2, below=True)
+    keys = np.arange(N_KEYS, dtype=np.int64)
+    with ThreadPoolExecutor(BUFFERS) as executor:
+        pipeline = Pipeline(executor)
+        pipeline.run([(table, chunk) for chunk in chunks_of(keys)[:1]])  # has all
+        pipeline.run([(table, chunk) for chunk in chunks_of(keys)[-1:]])  # has none
+        above.most = 0
+        pipeline.run([(table, chunk) for chunk in chunks_of(keys[N_KEYS // 2 :])])
+    assert above.most == 1
