@@ -117,6 +117,15 @@ def test_an_insert_does_not_pay_for_rows_that_others_brought(worker, evictor):
     assert evictor.rows == {0: GOAL, 1: GOAL}
 
 
+def test_an_insert_does_not_wait_for_the_target(worker, evictor):
+    evictor.rows = {0: MARGIN + VICTIMS}
+    evictor.gate.clear()
+    worker.relieve(table_of(), {0: 5 * VICTIMS})
+    assert [
+        partitions for background, partitions in evictor.steps if not background
+    ] == [[0]]
+
+
 def test_a_partition_waits_at_most_once(worker, evictor):
     evictor.gate.clear()
     worker.note(table_of(), np.array([1]))
@@ -185,6 +194,22 @@ def test_numbers_of_uses_are_aged_once_the_target_is_reached(worker, evictor):
     worker.relieve(table_of(policy=OverflowPolicy.EVICT_LEAST_USED), {0: 1, 1: 1})
     worker.drain()
     assert evictor.aged == {0: 3, 1: 3}  # three calls each, until the cursor is 0
+
+
+def test_a_partition_that_is_full_again_is_relieved_before_it_is_aged(worker, evictor):
+    table = table_of(policy=OverflowPolicy.EVICT_LEAST_USED)
+    evictor.gate.clear()
+    worker.note(table, np.array([1]))
+    assert evictor.entered.wait(PATIENCE_S)
+    evictor.rows = {0: GOAL + 1}
+    worker.relieve(table, {0: 1})  # so that it waits to be aged
+    evictor.rows = {0: 2 * MARGIN}
+    worker.relieve(table, {0: 1})
+    assert worker.stats().queued_partitions == 1
+    evictor.gate.set()
+    worker.drain()
+    assert evictor.rows == {0: GOAL}
+    assert evictor.aged == {0: 3}
 
 
 def test_who_did_not_come_to_the_target_does_not_age(worker, evictor):
