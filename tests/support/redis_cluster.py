@@ -6,8 +6,9 @@ with RedisCluster(masters=3, replicas=1) as cluster:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -73,6 +74,7 @@ class RedisCluster:
         if tls is not None:
             settings |= {"tls-cluster": "yes", "tls-replication": "yes"}
         settings |= config or {}
+        self._settings = settings
         self._n_masters, self._n_replicas = masters, replicas
         self._clients: list[redis.RedisCluster] = []
         self.nodes = [
@@ -172,6 +174,29 @@ class RedisCluster:
         while move.migrate_keys(100):
             pass
         move.end()
+
+    @contextmanager
+    def joined(self) -> Iterator[RedisServer]:
+        """Let one more master join, without slots; it has to have none when it goes."""
+        with RedisServer(self._settings) as server:
+            with server.client() as client:
+                client.execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[0].port)
+            try:
+                for node in self.nodes:
+                    for a, b in ((node, server), (server, node)):
+                        known = partial(self._introduced, a, b)
+                        wait_for(known, what=f"{a.address} to know {b.address}")
+                self.nodes.append(server)
+                wait_for(partial(_serves, server), what=f"{server.address} to serve")
+                yield server
+            finally:
+                name = self.view()[server.address]["node_id"]
+                self.nodes = [node for node in self.nodes if node is not server]
+                server.kill()
+                for node in self.nodes:
+                    with node.client() as client:
+                        client.execute_command("CLUSTER FORGET", name)
+                self.wait_until_stable()
 
     def flush(self) -> None:
         """Remove all keys."""
@@ -279,6 +304,11 @@ class RedisCluster:
         self.close()
 
 
+def _serves(node: RedisServer) -> bool:
+    with node.client() as client:
+        return bool(client.cluster("INFO")["cluster_state"] == "ok")
+
+
 def flags(entry: dict[str, Any]) -> list[str]:
     """Return the flags of one node of CLUSTER NODES."""
     return str(entry["flags"]).split(",")
@@ -327,4 +357,9 @@ class SlotMove:
         others = [node for node in self.cluster.masters if node is not self.to]
         for node in (self.to, *others):
             with node.client() as client:
-                client.execute_command(f"CLUSTER SETSLOT {self.slot} NODE", name)
+                try:
+                    client.execute_command(f"CLUSTER SETSLOT {self.slot} NODE", name)
+                except redis.ResponseError as error:
+                    # It knows by gossip, and with its last slot it lost its role.
+                    if "only with masters" not in str(error):
+                        raise

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import redis
 from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode
+from redis.cluster import PRIMARY, ClusterNode
 from redis.connection import AbstractConnection, Connection
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
@@ -169,7 +169,7 @@ def _open(seeds: list[tuple[str, int]], settings: dict[str, Any]) -> Client:
     if mode != "cluster":
         raise ConfigError(f"{NAME}: {host}:{port} is a {mode}; name a server")
     try:
-        return redis.RedisCluster(
+        return _Cluster(
             # By URL, or it takes neither a pool class nor a connection class.
             url=f"redis://{_bracketed(host)}:{port}",
             startup_nodes=[ClusterNode(*seed) for seed in seeds[1:]],
@@ -183,6 +183,27 @@ def _open(seeds: list[tuple[str, int]], settings: dict[str, Any]) -> Client:
             "the cluster has no slots; assign them (redis-cli --cluster create)",
             tier=NAME,
         ) from error
+
+
+class _Cluster(redis.RedisCluster):
+    """A client that follows ``ASK`` to servers it never heard of.
+
+    A slot moves first to a new server, which has none, so no list of slots names it.
+    """
+
+    def get_node(
+        self,
+        host: str | None = None,
+        port: str | int | None = None,
+        node_name: str | None = None,
+    ) -> ClusterNode | None:
+        found: ClusterNode | None
+        found = super().get_node(host, port, node_name)  # type: ignore[no-untyped-call]  # redis-py's
+        if found is None and node_name is not None:
+            host, _, port = node_name.rpartition(":")
+            new = ClusterNode(host, int(port), PRIMARY)
+            found = self.nodes_manager.nodes_cache.setdefault(node_name, new)
+        return found
 
 
 def _mode(client: redis.Redis, protocol: int) -> str:

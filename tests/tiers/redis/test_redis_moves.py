@@ -387,3 +387,41 @@ def test_slots_that_move_back_and_forth_under_load_lose_nothing(
         for reader in (tier, evictor, first, second):
             assert reader._health.failures == 0
     cluster.wait_until_stable()
+
+
+@pytest.fixture
+def newcomer(cluster: RedisCluster) -> Iterator[RedisServer]:
+    """A master without slots, which no list of slots names."""
+    with cluster.joined() as server:
+        yield server
+
+
+def test_a_slot_moves_to_a_server_that_nobody_knew(
+    cluster: RedisCluster,
+    tier: RedisTier,
+    other: RedisTier,
+    newcomer: RedisServer,
+    layout: RedisLayout,
+) -> None:
+    slot = tier._tables[TAG].slots[MOVING]
+    source = cluster.owner(slot)
+    move = cluster.begin_move(slot, newcomer)
+    new = MINE + 1
+    for version, parts in enumerate(["", "s", "v"], start=1):
+        half_move(move, layout, parts)
+        assert_version(tier, version)
+        assert_none(tier, new)
+        other.insert(TAG, KEYS, rows_at(KEYS, version + 1))
+        tier.insert(TAG, new, rows_at(new, version + 1))
+        for reader in (tier, other):
+            assert_version(reader, version + 1)
+            assert_version(reader, version + 1, new)
+        assert tier.delete(TAG, new) == new.size
+    finish(move)
+    for reader in (tier, other):
+        assert_version(reader, 4)
+        assert_none(reader, new)
+    cluster.move_slot(slot, source)
+    for reader in (tier, other):
+        assert_version(reader, 4)
+    assert tier._health.failures == 0
