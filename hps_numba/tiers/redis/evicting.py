@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -50,6 +51,18 @@ class Evicted(NamedTuple):
     rows: int  # that are left
 
 
+def victims_of(table: RedisTable) -> int:
+    """Return how many rows a step removes at most.
+
+    As large a share of a sample as has to go of the partition, so that samples that
+    follow each other through it once are enough.
+    """
+    if table.overflow.policy is OverflowPolicy.EVICT_RANDOM:
+        return VICTIMS
+    share = math.ceil(SAMPLE * (1 - table.overflow.target))
+    return min(max(share, VICTIMS // 4), VICTIMS)
+
+
 class Evictor:
     """Removes rows and notes uses, in calls of bounded work. Thread-safe.
 
@@ -76,7 +89,7 @@ class Evictor:
         def command(p: int) -> bytes:
             keys = (layout.rows_key(p), layout.uses_key(p))
             prefix = b"" if layout.has_hashes else layout.prefixes[p]
-            numbers = (table.goal, VICTIMS, SAMPLE)
+            numbers = (table.goal, victims_of(table), SAMPLE)
             cursor = table.cursors.get(p) or random.getrandbits(32)
             return pack(b"EVAL", EVICT, 2, *keys, *numbers, policy, cursor, prefix)
 

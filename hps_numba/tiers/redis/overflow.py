@@ -19,8 +19,7 @@ from time import monotonic
 
 import numpy as np
 
-from hps_numba.tiers.redis.evicting import Answer, Evictor
-from hps_numba.tiers.redis.overflow_scripts import VICTIMS
+from hps_numba.tiers.redis.evicting import Answer, Evictor, victims_of
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.types import Keys, OverflowPolicy
 
@@ -90,7 +89,8 @@ class OverflowWorker:
         the target then is removed in the background.
         """
         margin = table.margin
-        steps = {p: max(-(-n // VICTIMS), 1) for p, n in brought.items()}
+        each = victims_of(table)
+        steps = {p: max(-(-n // each), 1) for p, n in brought.items()}
         while steps:
             for answer in self._evictor.evict(table, list(steps)):
                 p, value = answer.partition, answer.value

@@ -7,7 +7,7 @@ on a bounded number of rows, since a server does nothing else meanwhile.
 
 from __future__ import annotations
 
-VICTIMS = 256  # most rows that one call removes
+VICTIMS = 512  # most rows that one call removes
 SAMPLE = 2048  # rows that the victims are chosen from
 AGED = 512  # rows that one call ages, about
 

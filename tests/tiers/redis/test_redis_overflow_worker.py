@@ -12,12 +12,11 @@ import pytest
 from hps_numba.config.enums import RedisLayout
 from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis.client import RedisOptions, connect
-from hps_numba.tiers.redis.evicting import Answer, Evicted, Evictor
+from hps_numba.tiers.redis.evicting import Answer, Evicted, Evictor, victims_of
 from hps_numba.tiers.redis.exchange import Exchange
 from hps_numba.tiers.redis.health import Health
 from hps_numba.tiers.redis.layout import Layout
 from hps_numba.tiers.redis.overflow import OverflowStats, OverflowWorker
-from hps_numba.tiers.redis.overflow_scripts import VICTIMS
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.types import OverflowPolicy, TableSpec
@@ -25,6 +24,7 @@ from tests.support.redis_servers import RedisServer
 
 MARGIN, GOAL = 10_000, 8_000
 PATIENCE_S = 20
+VICTIMS = 410  # a fifth of a sample, as the target asks for
 
 
 def table_of(
@@ -91,6 +91,24 @@ def worker(evictor: FakeEvictor) -> Iterator[OverflowWorker]:
     with closing(OverflowWorker(evictor, max_uses=6)) as worker:
         yield worker
         evictor.gate.set()
+
+
+@pytest.mark.parametrize(
+    ("policy", "target", "victims"),
+    [
+        (OverflowPolicy.EVICT_OLDEST, 0.8, VICTIMS),
+        (OverflowPolicy.EVICT_LEAST_USED, 0.8, VICTIMS),
+        (OverflowPolicy.EVICT_OLDEST, 0.1, 512),
+        (OverflowPolicy.EVICT_OLDEST, 1.0, 128),
+        (OverflowPolicy.EVICT_RANDOM, 1.0, 512),
+    ],
+)
+def test_steps_are_large_enough_to_end_and_small_enough_to_choose(
+    policy, target, victims
+):
+    table = table_of(policy=policy)
+    table.overflow = Overflow(policy, MARGIN, target)
+    assert victims_of(table) == victims
 
 
 def test_an_insert_waits_for_the_margin_and_no_longer(worker, evictor):
