@@ -14,7 +14,7 @@ import redis
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.layout import KEY_BYTES, Bytes
 from hps_numba.tiers.redis.scripts import LEASE_US, STAMP
-from hps_numba.tiers.redis.table import RedisTable, buckets_of
+from hps_numba.tiers.redis.table import RedisTable, buckets_to_stamp
 from hps_numba.types import Keys
 
 
@@ -42,9 +42,9 @@ def write_moving(
     """
     raw = keys.tobytes()
     names = [raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)]
-    stamps, buckets = table.layout.stamps_key(partition), buckets_of(keys).tobytes()
+    stamps, buckets = table.layout.stamps_key(partition), buckets_to_stamp(keys)
     with map_exceptions(table.spec.tag):
-        client.eval(STAMP, 1, stamps, buckets, LEASE_US)
+        client.eval(STAMP, 1, stamps, buckets, b"moving", LEASE_US)
         if rows is None:
             removed = _delete(client, table, partition, names)
         else:
@@ -55,7 +55,7 @@ def write_moving(
                 partition,
                 dict(zip(names, map(bytes, rows), strict=True)),
             )
-        number = int(client.eval(STAMP, 1, stamps, buckets, 0))
+        number = int(client.eval(STAMP, 1, stamps, buckets, b"", 0))
     return Moved(number, removed)
 
 

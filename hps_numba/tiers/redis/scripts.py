@@ -1,11 +1,11 @@
 """Update stamps in Redis: what keeps one server from undoing another's update.
 
-Each partition has a hash of stamps: ``epoch``, its newest number; ``all`` and
-``moving``, floors for every key; and a field per bucket of keys, the number of the
-bucket's last write. Numbers only grow. They are the server's time in microseconds, or
-one more than the last number if that is larger, so that a replica which takes over with
-writes missing does not give the same number twice, as long as its clock is behind by
-less than taking over takes.
+Each partition has a hash of stamps: ``epoch``, its newest number; ``all``, a floor for
+every key; and a field per bucket of keys, the number of the bucket's last write. A
+write of many keys raises the floor instead of most buckets. Numbers only grow. They are
+the server's time in microseconds, or one more than the last number if that is larger,
+so that a replica which takes over with writes missing does not give the same number
+twice, as long as its clock is behind by less than taking over takes.
 
 Invariant: a row and the stamp of its bucket change in one transaction.
 
@@ -15,10 +15,10 @@ stored by a script that skips every key whose stamp is larger. Numbers that are 
 date only refuse more. Stamps that are gone, because memory was short or a replica
 without them took over, refuse all numbers of before.
 
-A floor may lie in the future: while a writer cannot change rows and stamps in one
-transaction, such a *lease* refuses every backfill. A load ends its own, in ``all``.
-Writers to a slot that is being moved share theirs, in ``moving``, so nobody ends it.
-It passes by itself, as does that of a load that died.
+While a writer cannot change rows and stamps in one transaction, a *lease*, a floor in
+the future, refuses every backfill. A load has one in ``loading`` and ends it. Writers
+to a slot that is being moved share theirs, in ``moving``, so nobody ends it: it passes
+by itself, as does that of a load that died.
 """
 
 from __future__ import annotations
@@ -34,16 +34,9 @@ local function now()
 end
 local function text(number) return string.format('%.0f', number) end
 local function number(value) return tonumber(value or 0) end
--- Not the whole hash: in a slot that is being moved a script cannot make it again.
-local function forget_buckets(key)
-  for _, field in ipairs(redis.call('HKEYS', key)) do
-    if #field == 2 then redis.call('HDEL', key, field) end
-  end
-end
 local function restart(key, last)
   local epoch = math.max(now(), last + 1)
   redis.call('HSET', key, 'epoch', text(epoch), 'all', text(epoch))
-  forget_buckets(key)
   return epoch
 end
 """
@@ -63,31 +56,31 @@ STAMP = (
 local last = number(redis.call('HGET', KEYS[1], 'epoch'))
 if last == 0 then restart(KEYS[1], 0) end
 local epoch = math.max(now(), last + 1)
-local buckets, lease = ARGV[1], tonumber(ARGV[2])
+local buckets, lease, lease_us = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local stamp = text(epoch)
 redis.call('HSET', KEYS[1], 'epoch', stamp)
+if lease_us > 0 then
+  redis.call('HSET', KEYS[1], lease, text(epoch + lease_us))
+elseif lease ~= '' then
+  redis.call('HDEL', KEYS[1], lease)
+end
 if buckets == '' then
-  redis.call('HSET', KEYS[1], 'all', text(epoch + lease))
-  forget_buckets(KEYS[1])
+  redis.call('HSET', KEYS[1], 'all', stamp)
 else
-  if lease > 0 then redis.call('HSET', KEYS[1], 'moving', text(epoch + lease)) end
   local given = {}
   for i = 1, #buckets, 2 do
     given[#given + 1] = string.sub(buckets, i, i + 1)
     given[#given + 1] = stamp
-    if #given >= 4000 then
-      redis.call('HSET', KEYS[1], unpack(given))
-      given = {}
-    end
   end
-  if #given > 0 then redis.call('HSET', KEYS[1], unpack(given)) end
+  redis.call('HSET', KEYS[1], unpack(given))
 end
 return stamp
 """
 )
 """Stamp keys as written, and return the partition's new number.
 
-ARGV: buckets (none: all keys), and a lease in us, 0 for none.
+ARGV: buckets (none: all keys), and the name of a lease (empty: none) with its us, 0 to
+end it.
 """
 
 BACKFILL = (
@@ -99,8 +92,8 @@ local last = number(redis.call('HGET', KEYS[1], 'epoch'))
 if last < token or last == 0 then
   return {0, text(restart(KEYS[1], math.max(last, token)))}
 end
-local floors = redis.call('HMGET', KEYS[1], 'all', 'moving')
-local floor = math.max(number(floors[1]), number(floors[2]))
+local floors = redis.call('HMGET', KEYS[1], 'all', 'loading', 'moving')
+local floor = math.max(number(floors[1]), number(floors[2]), number(floors[3]))
 if floor > token then
   if floor > last and floor < now() then  -- a lease has passed
     last = now()

@@ -20,10 +20,9 @@ from hps_numba.tiers.redis.exchange import Exchange, Unit
 from hps_numba.tiers.redis.health import Health
 from hps_numba.tiers.redis.layout import pack
 from hps_numba.tiers.redis.moving import Moved, write_moving
-from hps_numba.tiers.redis.reading import tier_error
-from hps_numba.tiers.redis.replies import Fate, fate_of, first_error
+from hps_numba.tiers.redis.replies import Fate, fate_of, first_error, tier_error
 from hps_numba.tiers.redis.scripts import BACKFILL, STAMP
-from hps_numba.tiers.redis.table import RedisTable, buckets_of
+from hps_numba.tiers.redis.table import RedisTable, buckets_of, buckets_to_stamp
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.types import Keys, Rows
 
@@ -115,7 +114,8 @@ class Writer:
 
         def build(piece: Piece) -> Unit:
             key = table.layout.stamps_key(piece[0])
-            return Unit(piece[0], [pack(b"EVAL", STAMP, 1, key, b"", lease_us)], 1)
+            stamp = pack(b"EVAL", STAMP, 1, key, b"", b"loading", lease_us)
+            return Unit(piece[0], [stamp], 1)
 
         def settle(unit: Unit) -> None:
             table.see_locked(unit.partition, int(unit.replies[0]))
@@ -123,7 +123,9 @@ class Writer:
         def follow(unit: Unit) -> None:
             key = table.layout.stamps_key(unit.partition)
             with map_exceptions(table.spec.tag):
-                number = self._topology.client.eval(STAMP, 1, key, b"", lease_us)
+                number = self._topology.client.eval(
+                    STAMP, 1, key, b"", b"loading", lease_us
+                )
             table.see_locked(unit.partition, int(number))
 
         none = np.zeros(0, np.int64)
@@ -180,9 +182,9 @@ class Writer:
         def build(piece: Piece) -> Unit:
             p, low, high = piece
             body = bodies.unit(piece)
-            buckets = buckets_of(work.keys[work.order[low:high]]).tobytes()
+            buckets = buckets_to_stamp(work.keys[work.order[low:high]])
             key = table.layout.stamps_key(p)
-            stamp = pack(b"EVAL", STAMP, 1, key, buckets, 0)
+            stamp = pack(b"EVAL", STAMP, 1, key, buckets, b"", 0)
             commands = [_MULTI, stamp, *body.commands, _EXEC]
             return Unit(p, commands, body.n_replies + 3, low, high)
 

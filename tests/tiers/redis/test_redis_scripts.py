@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import redis
@@ -22,7 +22,14 @@ KEYS = range(6)
 BUCKETS = (b"\r\n", b"\x00\xff", b"ab")  # keys share them
 ROW_BYTES = 16
 HOUR_US = 3_600_000_000
-LEASES = (0, 1, HOUR_US)  # none, one that passes at once, one that does not
+Lease: TypeAlias = tuple[bytes, int]
+NO_LEASE: Lease = (b"", 0)
+# One us passes at once, an hour does not.
+LEASES: list[Lease] = [
+    NO_LEASE,
+    *((name, us) for name in (b"moving", b"loading") for us in (1, HOUR_US)),
+    (b"loading", 0),
+]
 
 
 def binaries() -> list[str]:
@@ -67,40 +74,47 @@ class Oracle:
 
     epoch: int = 0
     floor: int = 0
-    moving: int = 0
+    leases: dict[bytes, int] = field(default_factory=dict)
     buckets: dict[bytes, int] = field(default_factory=dict)
     rows: dict[int, bytes] = field(default_factory=dict)
     uses: dict[int, bytes] = field(default_factory=dict)
 
-    def stamp(self, given: int, buckets: set[bytes], lease_us: int) -> None:
+    @property
+    def highest_floor(self) -> int:
+        """What a number has to reach, whatever the key."""
+        return max(self.floor, *self.leases.values(), 0)
+
+    def stamp(self, given: int, buckets: set[bytes], lease: Lease) -> None:
         """Follow a stamp that was answered with ``given``."""
-        if not self.epoch:
-            # The hash is begun anew before it is stamped, at most one moment earlier.
-            self.restart(given)
+        name, lease_us = lease
         self.epoch = given
-        if not buckets:
-            self.floor, self.buckets = given + lease_us, {}
-            return
+        self.leases.pop(name, None)
         if lease_us:
-            self.moving = given + lease_us
-        self.buckets |= dict.fromkeys(buckets, given)
+            self.leases[name] = given + lease_us
+        if buckets:
+            self.buckets |= dict.fromkeys(buckets, given)
+        else:
+            self.floor = given
 
     def restart(self, given: int) -> None:
-        """Forget all stamps, and refuse what is older."""
+        """Refuse what is older."""
         self.epoch = self.floor = given
-        self.moving, self.buckets = 0, {}
+
+    def lose(self) -> None:
+        """Forget all stamps."""
+        self.epoch = self.floor = 0
+        self.leases, self.buckets = {}, {}
 
     def admitted(self, keys: list[int], token: int) -> list[int]:
         """Return which keys a backfill may store."""
-        if not self.epoch or token < max(self.floor, self.moving) or token > self.epoch:
+        if not self.epoch or not self.highest_floor <= token <= self.epoch:
             return []
         return [key for key in keys if self.buckets.get(bucket_of(key), 0) <= token]
 
     def stamps(self) -> dict[bytes, bytes]:
         """Return the hash of stamps."""
-        numbers = {b"epoch": self.epoch, b"all": self.floor, **self.buckets}
-        if self.moving:
-            numbers[b"moving"] = self.moving
+        numbers = {b"epoch": self.epoch, b"all": self.floor}
+        numbers |= self.leases | self.buckets
         return {name: b"%d" % number for name, number in numbers.items()}
 
 
@@ -123,20 +137,18 @@ class Partition:
             self.oracle.restart(given)
         self._saw(given)
 
-    def write(self, keys: set[int], lease_us: int) -> None:
+    def write(self, keys: set[int], lease: Lease) -> None:
         """Stamp keys, all of them if there are none, and write those."""
         buckets = {bucket_of(key) for key in keys}
         last, begin = self.oracle.epoch, now_us(self._client)
-        given = int(self._client.eval(STAMP, 1, STAMPS, b"".join(buckets), lease_us))
+        argv = [b"".join(buckets), *lease]
+        given = int(self._client.eval(STAMP, 1, STAMPS, *argv))
         assert given > last
         assert begin <= given <= max(now_us(self._client), last + 1)
-        if not last:
-            floor = int(self._client.hget(STAMPS, "all") or 0)
-            assert begin <= floor <= given + lease_us
-            self.oracle.stamp(given, buckets, lease_us)
-            self.oracle.floor = floor
-        else:
-            self.oracle.stamp(given, buckets, lease_us)
+        if not last:  # stamps are begun anew, and then stamped
+            self.oracle.restart(int(self._client.hget(STAMPS, "all") or 0))
+            assert begin <= self.oracle.floor <= given
+        self.oracle.stamp(given, buckets, lease)
         self._saw(given)
         self._versions += 1
         for key in keys:
@@ -154,7 +166,7 @@ class Partition:
     def lose(self) -> None:
         """Remove the stamps, as a server short of memory does."""
         self._client.delete(STAMPS)
-        self.oracle.epoch = 0
+        self.oracle.lose()
 
     def backfill(self, keys: list[int], token: int) -> None:
         """Run BACKFILL, and compare what it says."""
@@ -180,7 +192,7 @@ class Partition:
         oracle.rows |= {key: rows[key] for key in admitted}
         if self._use:
             oracle.uses |= dict.fromkeys(admitted, self._use)
-        floor = max(oracle.floor, oracle.moving)
+        floor = oracle.highest_floor
         if not oracle.epoch or token > oracle.epoch:
             assert given >= max(begin, oracle.epoch + 1, token + 1)
             oracle.restart(given)
@@ -259,8 +271,8 @@ def test_scripts_do_what_plain_python_does(
         partition.check()
 
 
-def stamp(client: redis.Redis, buckets: bytes, lease_us: int = 0) -> int:
-    return int(client.eval(STAMP, 1, STAMPS, buckets, lease_us))
+def stamp(client: redis.Redis, buckets: bytes, lease: Lease = NO_LEASE) -> int:
+    return int(client.eval(STAMP, 1, STAMPS, buckets, *lease))
 
 
 def backfill(client: redis.Redis, token: int, *, bucket: bytes = b"ab") -> list[int]:
@@ -297,21 +309,22 @@ def test_a_script_takes_all_buckets_and_rows_of_a_piece(
 def test_a_lease_refuses_every_number_until_it_has_passed(client: redis.Redis) -> None:
     client.flushall()
     client.eval(OPEN, 1, STAMPS)
-    for buckets, floor in ((b"", "all"), (b"ab", "moving")):
-        number = stamp(client, buckets, HOUR_US)
+    for name in (b"loading", b"moving"):
+        number = stamp(client, b"ab", (name, HOUR_US))
         assert backfill(client, number) == [0, number]
         assert backfill(client, number, bucket=b"cd") == [0, number]
-        client.hset(STAMPS, floor, number + 1)  # an hour later
+        client.hset(STAMPS, name, number + 1)  # an hour later
         stored, later = backfill(client, number)
         assert stored == 0
         assert later > number + 1
         assert backfill(client, later) == [1, later]
 
 
-def test_nobody_ends_the_lease_of_a_move(client: redis.Redis) -> None:
+@pytest.mark.parametrize("lease", ["loading", "moving"])
+def test_no_write_ends_the_lease_of_another(client: redis.Redis, lease: str) -> None:
     client.flushall()
     client.eval(OPEN, 1, STAMPS)
-    stamp(client, b"ab", HOUR_US)
+    stamp(client, b"ab", (lease.encode(), HOUR_US))
     for buckets in (b"ab", b"cd", b""):
         number = stamp(client, buckets)
         assert backfill(client, number) == [0, number]
@@ -320,8 +333,8 @@ def test_nobody_ends_the_lease_of_a_move(client: redis.Redis) -> None:
 def test_a_load_ends_its_own_lease(client: redis.Redis) -> None:
     client.flushall()
     client.eval(OPEN, 1, STAMPS)
-    during = stamp(client, b"", HOUR_US)
-    number = stamp(client, b"")
+    during = stamp(client, b"", (b"loading", HOUR_US))
+    number = stamp(client, b"", (b"loading", 0))
     assert backfill(client, during) == [0, number]
     assert backfill(client, number) == [1, number]
 

@@ -197,12 +197,12 @@ class OtherBuckets(SteppedTier):
     """Stamps other buckets than those that backfills look at."""
 
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
-        ours: Any = writing.buckets_of
+        ours: Any = writing.buckets_to_stamp
         try:
-            writing.buckets_of = lambda keys: ours(keys)[::-1].copy()
+            writing.buckets_to_stamp = lambda keys: ours(keys)[::-1]
             super().insert(tag, keys, rows)
         finally:
-            writing.buckets_of = ours
+            writing.buckets_to_stamp = ours
 
 
 @dataclass(frozen=True)
