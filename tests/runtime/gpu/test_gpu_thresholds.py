@@ -220,7 +220,7 @@ class TestThresholds:
             assert np.array_equal(rows, given_up(ITEMS, keys))
             server.drain()
             assert "fetch was made to fail" in caplog.text
-            assert server.stats().deferred.refused_rows == 20
+            assert server.stats().deferred.failed_rows == 20
             broken.heal()
             rows = server.lookup(keys, "wdl", "items")
             assert np.array_equal(rows, given_up(ITEMS, keys))
