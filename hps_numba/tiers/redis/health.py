@@ -138,6 +138,17 @@ class Health:
         except TierUnavailableError:
             self.outdated()
             raise
+        self.check(node)
+        return node
+
+    def check(self, node: Node) -> None:
+        """Refuse a server that is not asked now.
+
+        Raises
+        ------
+        TierUnavailableError
+            With the reason.
+        """
         outage = self._outages.get(node.name)
         if outage is not None:
             raise TierUnavailableError(
@@ -146,7 +157,6 @@ class Health:
                 f"asked again in the background",
                 tier="redis",
             )
-        return node
 
     def learn(self, node: Node, fate: Fate, reason: object) -> None:
         """Note what an error of a server says about it."""

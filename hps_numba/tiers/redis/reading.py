@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from redis.exceptions import MovedError
 
-from hps_numba.errors import TierCorruptionError, TierError, TierUnavailableError
+from hps_numba.errors import TierCorruptionError, TierError
 from hps_numba.tiers.redis.channel import Batch, Channel, Trouble
-from hps_numba.tiers.redis.errors import map_exceptions, translate
+from hps_numba.tiers.redis.following import Follower
 from hps_numba.tiers.redis.health import Health
 from hps_numba.tiers.redis.lane import Lanes
-from hps_numba.tiers.redis.layout import KEY_BYTES, Bytes, Layout, Numbers
-from hps_numba.tiers.redis.replies import Fate, as_exception, fate_of
+from hps_numba.tiers.redis.layout import Bytes, Numbers
+from hps_numba.tiers.redis.replies import Fate, as_exception, fate_of, tier_error
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.topology import Node, Topology
 from hps_numba.types import Keys, Mask
@@ -50,6 +49,7 @@ class Reader:
 
     def __init__(self, topology: Topology, health: Health, lanes: Lanes) -> None:
         self._topology = topology
+        self._follower = Follower(topology, health)
         self._health = health
         self._lanes = lanes
 
@@ -75,8 +75,8 @@ class Reader:
             )
             outcome = self._round(table, batch, last=number == _ROUNDS - 1)
             errors += outcome.errors
-            for targets in outcome.moving:
-                self._follow(table, targets, batch, errors)
+            if outcome.moving:
+                self._follow(table, np.concatenate(outcome.moving), batch, errors)
             if not outcome.again:
                 break
             asked = np.concatenate(outcome.again)
@@ -139,44 +139,23 @@ class Reader:
     def _follow(
         self, table: RedisTable, targets: Numbers, batch: Batch, errors: list[TierError]
     ) -> None:
-        """Read keys of a slot that is being moved; redis-py finds where each is."""
-        layout, keys = table.layout, batch.keys[targets]
-        order, bounds = table.grouped(keys)
-        raw = keys.tobytes()
-        names = [raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)]
-        try:
-            for partition in np.flatnonzero(np.diff(bounds)).tolist():
-                part = order[bounds[partition] : bounds[partition + 1]].tolist()
-                rows = self._read_each(layout, partition, [names[i] for i in part])
-                for i, row in zip(part, rows, strict=True):
-                    if row is None:
+        """Read keys of slots that are being moved, wherever each is."""
+        order, bounds = table.grouped(batch.keys[targets])
+        for partition in np.flatnonzero(np.diff(bounds)).tolist():
+            part = targets[order[bounds[partition] : bounds[partition + 1]]]
+            values = self._follower.read(table, partition, batch.keys[part])
+            try:
+                for target, value in zip(part.tolist(), values, strict=True):
+                    if value is None:
                         continue
-                    if len(row) != table.spec.row_bytes:
-                        errors.append(_wrong_width(table, int(keys[i]), len(row)))
-                        continue
-                    batch.out[targets[i]] = np.frombuffer(row, np.uint8)
-                    batch.found[targets[i]] = True
-        except TierError as exc:
-            errors.append(exc)
-
-    def _read_each(
-        self, layout: Layout, partition: int, names: list[bytes]
-    ) -> list[Any]:
-        client = self._topology.client
-        with map_exceptions(layout.spec.tag):
-            if layout.has_hashes:
-                found: list[Any] = client.hmget(layout.rows_key(partition), names)
-                return found
-            return [client.get(layout.row_key(partition, name)) for name in names]
-
-
-def tier_error(error: Exception, node: Node, tag: str) -> TierError:
-    """Return what a caller is told of an error of a server."""
-    found = translate(error, tag=tag, node=node.name)
-    if isinstance(found, TierError):
-        return found
-    # A configuration was right when the tier was opened.
-    return TierUnavailableError(str(found), tier="redis", tag=tag)
+                    if len(value) == table.spec.row_bytes:
+                        batch.out[target] = np.frombuffer(value, np.uint8)
+                        batch.found[target] = True
+                    else:
+                        key = int(batch.keys[target])
+                        errors.append(_wrong_width(table, key, len(value)))
+            except TierError as exc:
+                errors.append(exc)
 
 
 def _check_widths(

@@ -23,7 +23,9 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from hps_numba.errors import TierError
+from hps_numba.errors import TierError, TierUnavailableError
+from hps_numba.tiers.redis.errors import translate
+from hps_numba.tiers.redis.topology import Node
 
 _BY_CODE: dict[str, type[RedisError]] = {
     "ASK": AskError,
@@ -80,6 +82,15 @@ def fate_of(error: Exception) -> Fate:
     if isinstance(error, _DOWN):
         return Fate.DOWN
     return Fate.REFUSED
+
+
+def tier_error(error: Exception, node: Node, tag: str) -> TierError:
+    """Return what a caller is told of an error of a server."""
+    found = translate(error, tag=tag, node=node.name)
+    if isinstance(found, TierError):
+        return found
+    # A configuration was right when the tier was opened.
+    return TierUnavailableError(str(found), tier="redis", tag=tag)
 
 
 def first_error(replies: list[object]) -> Exception | None:

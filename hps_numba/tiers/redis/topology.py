@@ -100,6 +100,13 @@ class Topology:
             )
         return self._node(owners[0])
 
+    def server_at(self, name: str) -> Node:
+        """Return the server with an address, one that has no slots too."""
+        if self._cluster is None:
+            assert self._single is not None
+            return self._single
+        return self._node(self._cluster.get_node(node_name=name))
+
     def masters(self) -> list[Node]:
         """Return every server that has slots."""
         if self._cluster is None:

@@ -13,7 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from hps_numba.config.enums import RedisLayout
-from hps_numba.errors import TierCorruptionError
+from hps_numba.errors import (
+    TierCorruptionError,
+    TierError,
+    TierTimeoutError,
+    TierUnavailableError,
+)
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.tier import RedisTier
 from hps_numba.types import Keys, Mask, RowBlock, Rows
@@ -35,8 +40,10 @@ PREFIX = f"hps_et{{{TAG}/p{MOVING}}}".encode()
 
 
 @contextmanager
-def opened(cluster: RedisCluster, layout: RedisLayout) -> Iterator[RedisTier]:
-    options = RedisOptions(cluster.address, timeout_s=5.0)
+def opened(
+    cluster: RedisCluster, layout: RedisLayout, options: RedisOptions | None = None
+) -> Iterator[RedisTier]:
+    options = options or RedisOptions(cluster.address, timeout_s=5.0)
     tier = RedisTier(options, num_partitions=N_PARTITIONS, layout=layout)
     try:
         tier.open_table(SPEC)
@@ -387,6 +394,42 @@ def test_slots_that_move_back_and_forth_under_load_lose_nothing(
         for reader in (tier, evictor, first, second):
             assert reader._health.failures == 0
     cluster.wait_until_stable()
+
+
+@pytest.mark.fault
+def test_a_paused_server_that_a_slot_moves_to_costs_one_time_out(
+    cluster: RedisCluster, tier: RedisTier, move: SlotMove, layout: RedisLayout
+) -> None:
+    half_move(move, layout, "v")
+    theirs = np.isin(PARTITIONS, of_server(cluster, tier, move.to))
+    options = RedisOptions(cluster.address, timeout_s=0.3)
+    with opened(cluster, layout, options) as brief:
+        errors = []
+        move.to.pause()
+        try:
+            for _ in range(20):
+                rows = np.empty((KEYS.size, SPEC.dim), np.float32)
+                found = np.zeros(KEYS.size, np.bool_)
+                with pytest.raises(TierError) as caught:
+                    brief.fetch(TAG, KEYS, rows, found)
+                errors.append(caught.value)
+                np.testing.assert_array_equal(found, ~theirs & (PARTITIONS != MOVING))
+                assert (versions_of(KEYS[found], rows[found]) == 1).all()
+        finally:
+            move.to.resume()
+        assert isinstance(errors[0], TierTimeoutError)
+        assert all(isinstance(error, TierUnavailableError) for error in errors[1:])
+        assert brief._health.failures == 1
+        wait_for(lambda: not brief.down())
+        assert_version(brief, 1)
+    finish(move)
+    cluster.wait_until_stable()
+
+
+def of_server(cluster: RedisCluster, tier: RedisTier, node: RedisServer) -> list[int]:
+    """Return the partitions that a server has."""
+    slots = set(cluster.slots(node))
+    return [p for p, slot in enumerate(tier._tables[TAG].slots) if slot in slots]
 
 
 @pytest.fixture
