@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hps_numba.config.enums import RedisLayout
@@ -18,6 +19,7 @@ from hps_numba.runtime.backfill import Backfill
 from hps_numba.tiers.redis import lease, writing
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.scripts import LEASE_US
+from hps_numba.tiers.redis.table import buckets_of
 from hps_numba.tiers.redis.tier import RedisTier
 from hps_numba.types import Keys, Rows
 from tests.runtime.histories import SteppedBackfills
@@ -152,6 +154,28 @@ def test_no_order_brings_an_old_row_back(
     seen = explore(world(stage, case), footprint)
     assert seen.schedules > 5
     assert [str(violation) for violation in seen.violations] == []
+
+
+def test_a_small_write_refuses_its_keys_and_a_large_one_all(
+    tiers: list[RedisTier],
+) -> None:
+    writer, reader = tiers
+    keys = np.arange(2000, dtype=np.int64)
+    rows = np.ones((keys.size, SPEC.dim), np.float32)
+    small, absent = keys[:40], keys[1500:]
+    tokens = [reader.epoch(SPEC.tag)]
+    writer.insert(SPEC.tag, small, rows[:40])
+    assert reader.backfill(SPEC.tag, small, rows[:40], tokens[0]) == 0
+    stamped = set(buckets_of(small).view("<u2").tolist())
+    free = ~np.isin(buckets_of(absent).view("<u2"), list(stamped))
+    stored = reader.backfill(SPEC.tag, absent, rows[1500:], tokens[0])
+    assert stored == np.count_nonzero(free) > 450
+    tokens.append(reader.epoch(SPEC.tag))
+    writer.insert(SPEC.tag, keys[:1024], rows[:1024])
+    for token in tokens:
+        assert reader.backfill(SPEC.tag, absent, rows[1500:], token) == 0
+    now = reader.epoch(SPEC.tag)
+    assert reader.backfill(SPEC.tag, absent, rows[1500:], now) == absent.size
 
 
 # Planted faults. Each must be seen, or the test above proves nothing.
