@@ -18,9 +18,14 @@ KEYS = np.arange(3000, dtype=np.int64)
 
 
 @pytest.fixture(scope="module")
+def shared_server() -> Iterator[RedisServer]:
+    with RedisServer({"repl-diskless-sync-delay": "0"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def shared_replica(shared_server: RedisServer) -> Iterator[RedisServer]:
-    config = {"replicaof": f"127.0.0.1 {shared_server.port}"}
-    with RedisServer(config | {"repl-diskless-sync-delay": "0"}) as replica:
+    with RedisServer({"replicaof": f"127.0.0.1 {shared_server.port}"}) as replica:
         yield replica
 
 
