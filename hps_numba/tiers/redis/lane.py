@@ -14,7 +14,7 @@ from time import monotonic
 
 from redis.exceptions import InvalidResponse, RedisError
 
-from hps_numba.errors import ClosedError, TierTimeoutError
+from hps_numba.errors import ClosedError, TierError, TierTimeoutError
 from hps_numba.tiers.redis.channel import Batch, Channel, Trouble
 from hps_numba.tiers.redis.layout import Numbers
 from hps_numba.tiers.redis.topology import Node
@@ -41,10 +41,11 @@ class Lane:
         """Read the partitions of each server; return who was asked, and what failed."""
         troubles = []
         busy: dict[int, Channel] = {}
+        self._forget_lost()
         for node, partitions in work:
             try:
                 channel = self._channel(node)
-            except (RedisError, OSError) as exc:
+            except (RedisError, OSError, TierError) as exc:
                 targets = [
                     batch.order[batch.bounds[p] : batch.bounds[p + 1]]
                     for p in partitions
@@ -69,12 +70,14 @@ class Lane:
         while self._channels:
             self._channels.popitem()[1].close()
 
+    def _forget_lost(self) -> None:
+        """Close what servers have closed, also those that left the cluster."""
+        for name in [n for n, c in self._channels.items() if not c.quiet]:
+            self._channels.pop(name).close()
+
     def _channel(self, node: Node) -> Channel:
         channel = self._channels.get(node.name)
-        if channel is None or not channel.quiet:
-            # Also those of servers that left the cluster.
-            for name in [n for n, c in self._channels.items() if not c.quiet]:
-                self._channels.pop(name).close()
+        if channel is None:
             channel = self._channels[node.name] = Channel(node)
         return channel
 
