@@ -86,6 +86,8 @@ def fate_of(error: Exception) -> Fate:
 
 def tier_error(error: Exception, node: Node, tag: str) -> TierError:
     """Return what a caller is told of an error of a server."""
+    if isinstance(error, TierError):
+        return error
     found = translate(error, tag=tag, node=node.name)
     if isinstance(found, TierError):
         return found

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import permutations
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import pytest
 import redis
+from redis.connection import Connection
 
 from hps_numba.config.enums import RedisLayout
 from hps_numba.errors import TierError, TierTimeoutError, TierUnavailableError
@@ -21,6 +23,7 @@ from hps_numba.tiers.base import Tier
 from hps_numba.tiers.host import HostTier
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.tier import RedisTier
+from hps_numba.tiers.redis.topology import Node
 from hps_numba.types import FailureMode, Keys, Mask
 from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_servers import RedisServer, wait_for
@@ -370,6 +373,41 @@ def test_a_slot_without_a_server_is_found_when_it_has_one_again(
         wait_for(lambda: complete(tier, 1))
         assert tier._health.failures == 0
     cluster.wait_until_stable()
+
+
+def test_a_server_that_hangs_up_while_another_is_called_is_called_again(
+    cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys are asked for over a new connection, and not forgotten."""
+    connection_of = Node.connection
+    with opened(cluster.address, timeout_s=5.0) as tier:
+        tier.insert(TAG, KEYS, rows_at(KEYS, 1))
+        for first, second, third in permutations(cluster.masters):
+            assert complete(tier, 1)
+            n_hung_up = 0
+
+            def hang_up(
+                node: Node, first: RedisServer = first, second: RedisServer = second
+            ) -> Connection:
+                nonlocal n_hung_up
+                if node.name == second.address and n_hung_up == 0:
+                    n_hung_up += 1
+                    kill_clients(first)
+                return connection_of(node)
+
+            kill_clients(second)
+            kill_clients(third)
+            monkeypatch.setattr(Node, "connection", hang_up)
+            assert complete(tier, 1)
+            assert n_hung_up == 1
+        assert tier._health.failures == 0
+
+
+def kill_clients(node: RedisServer) -> None:
+    """Close all connections of clients, and return once that is so."""
+    with node.client() as client:
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        wait_for(lambda: len(client.client_list(_type="normal")) == 1)
 
 
 def test_lookups_go_on_while_the_topology_is_asked_for(

@@ -553,7 +553,7 @@ def test_connections_that_are_all_in_use_are_no_outage(
     taken = [node.connection() for _ in range(1 + SPARE_CONNECTIONS)]
     _, _, error = fetch(tier, keys)
     assert isinstance(error, TierTimeoutError)
-    assert f"all connections to {server.address} are in use" in str(error)
+    assert str(error) == f"redis: all connections to {server.address} are in use"
     with pytest.raises(TierTimeoutError, match="are in use"):
         tier.insert(TAG, keys, rows)
     assert tier._health.failures == 0
