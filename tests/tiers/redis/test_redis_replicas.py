@@ -33,6 +33,7 @@ def shared_replica(shared_server: RedisServer) -> Iterator[RedisServer]:
 def replica(server: RedisServer, shared_replica: RedisServer) -> Iterator[RedisServer]:
     """A replica that follows ``server``."""
     client = server.client()
+    client.set("written", 1)
     wait_for(lambda: client.wait(1, 1000) == 1, 20.0, what="replication")
     yield shared_replica
     shared_replica.resume()
@@ -40,7 +41,7 @@ def replica(server: RedisServer, shared_replica: RedisServer) -> Iterator[RedisS
 
 @pytest.fixture
 def tier(server: RedisServer) -> Iterator[RedisTier]:
-    options = RedisOptions(server.address, timeout_s=0.6)
+    options = RedisOptions(server.address, timeout_s=2.0)
     opened = RedisTier(options, num_partitions=2, wait_replicas=1)
     opened.open_table(SPEC)
     yield opened
