@@ -27,6 +27,7 @@ from hps_numba.tiers.redis.topology import Node
 from hps_numba.types import FailureMode, Keys, Mask
 from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_servers import RedisServer, wait_for
+from tests.support.sockets import open_sockets
 from tests.support.wrappers import WrappedTier
 from tests.tiers.redis.stored import partition_of
 from tests.tiers.redis.versions import SPEC, Ledger, rows_at, versions_of
@@ -163,7 +164,7 @@ def test_reads_go_on_when_a_replica_takes_over(
     """Acknowledged rows are on the replica: not one of them is lost or wrong."""
     cluster = replicated
     cluster.flush()
-    address = cluster.address
+    address, n_sockets = cluster.address, open_sockets()
     with (
         opened(address, layout=layout, wait_replicas=1) as writer,
         opened(address, layout=layout) as first,
@@ -199,6 +200,7 @@ def test_reads_go_on_when_a_replica_takes_over(
         load.n_refused,
     )
     assert load.n_refused > 0
+    assert open_sockets() == n_sockets
 
 
 def test_a_master_that_was_replaced_while_it_slept_is_not_read(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import warnings
@@ -30,6 +29,7 @@ from hps_numba.tiers.redis.topology import Node
 from hps_numba.types import Keys, Mask, Rows, TableSpec
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.redis_servers import RedisServer, wait_for
+from tests.support.sockets import open_sockets
 from tests.tiers.redis.stored import StoredTable, partition_of
 from tests.tiers.redis.versions import SPEC, UNTOUCHED, rows_at, versions_of
 
@@ -624,11 +624,3 @@ def test_a_closed_tier_leaves_no_connection_and_no_thread_behind() -> None:
 
 def partitions(keys: Keys) -> Any:
     return np.array([partition_of(key, 4) for key in keys.tolist()])
-
-
-def open_sockets() -> int:
-    """Return how many sockets this process has."""
-    names = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    # The folder's own is closed by now.
-    links = [os.readlink(name) for name in names if os.path.lexists(name)]
-    return sum(link.startswith("socket:") for link in links)
