@@ -90,15 +90,19 @@ class Lane:
             self._step(busy, poller, fileno, receive=False)
         while busy:
             wait_s = min(heard_s[f] for f in busy) + self._timeout_s - monotonic()
-            for fileno, event in poller.poll(max(wait_s, 0.0) * 1e3):
-                heard_s[fileno] = monotonic()
-                received = bool(event & ~select.POLLOUT)
-                self._step(busy, poller, fileno, receive=received)
+            events = poller.poll(max(wait_s, 0.0) * 1e3)
+            # Looked at before what came is worked on: an answer that lies here while
+            # this thread is busy with another one is not late.
             late_s = monotonic() - self._timeout_s
-            for fileno in [f for f in busy if heard_s[f] <= late_s]:
+            silent = busy.keys() - {fileno for fileno, _ in events}
+            for fileno in [f for f in silent if heard_s[f] <= late_s]:
                 poller.unregister(fileno)
                 error = TimeoutError(f"no answer in {self._timeout_s:g} s")
                 self._drop(busy.pop(fileno), error)
+            for fileno, event in events:
+                heard_s[fileno] = monotonic()
+                received = bool(event & ~select.POLLOUT)
+                self._step(busy, poller, fileno, receive=received)
 
     def _step(
         self,
