@@ -33,6 +33,11 @@ def keys_of(topology: Topology, layout: Layout) -> Iterator[Keys]:
             yield np.unique(np.concatenate(listed))
 
 
+def all_keys(topology: Topology, layout: Layout) -> Keys:
+    """Return the keys of a table, each once."""
+    return np.concatenate(list(keys_of(topology, layout)))
+
+
 def count(topology: Topology, layout: Layout) -> int:
     """Return the exact number of rows."""
     if not layout.has_hashes:

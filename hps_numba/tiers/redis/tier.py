@@ -193,7 +193,7 @@ class RedisTier(LastingTier):
             begun = self._registry.begin_load(tag)
             lease = Lease(lambda lease_us: self._stamp_all(table, lease_us), tag)
             lease.begin()
-            before = self._keys(table)
+            before = scanning.all_keys(self._topology, table.layout)
             loaded: list[Keys] = []
             n_rows = 0
             for block in blocks:
@@ -259,7 +259,9 @@ class RedisTier(LastingTier):
         with self._using(tag) as table:
             if keys is not None:
                 check_keys(table.spec, keys)
-            return self._evict(table, self._keys(table) if keys is None else keys)
+            else:
+                keys = scanning.all_keys(self._topology, table.layout)
+            return self._evict(table, keys)
 
     def iterate(self, tag: str, *, block_rows: int = 65_536) -> Iterator[RowBlock]:
         """Yield the rows; keys are listed first, see ``scanning``."""
@@ -320,7 +322,7 @@ class RedisTier(LastingTier):
         if table is None:
             return
         self._overflowing.forget(tag)
-        self._evict(table, self._keys(table))
+        self._evict(table, scanning.all_keys(self._topology, table.layout))
         self._registry.remove(tag)
         layout = table.layout
         with map_exceptions(tag):
@@ -370,10 +372,6 @@ class RedisTier(LastingTier):
                 part = keys[low : low + self._max_batch_size]
                 evicted += self._writer.evict(table, part)
         return evicted
-
-    def _keys(self, table: RedisTable) -> Keys:
-        listed = list(scanning.keys_of(self._topology, table.layout))
-        return np.concatenate(listed) if listed else np.zeros(0, np.int64)
 
     @contextmanager
     def _using(self, tag: str) -> Iterator[RedisTable]:
