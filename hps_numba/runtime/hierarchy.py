@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hps_numba.errors import CacheError, DeviceError, TierError, UpdateError
 from hps_numba.kernels.host.scatter import scatter_rows
 from hps_numba.runtime.backfill import Backfill, BackfillQueue
-from hps_numba.runtime.chunk import Chunk, Watch
+from hps_numba.runtime.chunk import Chunk
 from hps_numba.runtime.failures import FailureLog
 from hps_numba.runtime.inflight import Flight, InFlight
 from hps_numba.runtime.stats import TableCounters, TableStats
@@ -100,7 +100,7 @@ class Hierarchy:
             asked = n_keys - chunk.resolved
             if asked == 0:
                 return
-            hits = self._ask(tier, chunk, chunk.out, asked, chunk.watch)
+            hits = self._ask(tier, chunk, chunk.out, asked, chunk)
             chunk.resolved += hits
             self.counters.add_use(tier.name, asked, hits)
 
@@ -317,7 +317,7 @@ class Hierarchy:
                 return
             before = flight.found.copy()
             with self._turns.of(tier, chunk):
-                hits = self._ask(tier, flight, flight.rows, asked, chunk.watch)
+                hits = self._ask(tier, flight, flight.rows, asked, chunk)
             self._turns.note(tier, asked, hits)
             n_found += hits
             self.counters.add_use(tier.name, asked, hits)
@@ -335,12 +335,13 @@ class Hierarchy:
         part: Chunk | Flight,
         rows: Rows,
         asked: int,
-        watch: Watch | None,
+        chunk: Chunk,
     ) -> int:
         """Fetch the ``asked`` keys that are not found yet; return how many it had."""
+        tag, watch, done = self.spec.tag, chunk.watch, chunk.turn.pass_on
         begin_s = perf_counter() if watch else 0.0
         try:
-            return tier.fetch(self.spec.tag, part.keys, rows, part.found)
+            return tier.fetch_and_tell(tag, part.keys, rows, part.found, done)
         except TierError as exc:
             self.counters.add_failure(tier.name)
             if self._on_failure is FailureMode.RAISE:

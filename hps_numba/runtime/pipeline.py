@@ -13,8 +13,8 @@ to the device when the chunk has landed.
 
 At most two chunks are in the remote stage in workers; the caller takes the last chunk's
 remote stage itself, so a lookup of one chunk changes threads nowhere. In a tier that
-answers in turn there is one of them at a time: two would share its answers, come back
-at the same time, and leave it idle while both ask the tier below.
+answers in turn, one of them at a time has still to ask: two would share its answers,
+come back at the same time, and leave it idle while both ask the tier below.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from time import perf_counter
 from typing import Protocol, TypeVar
 
 from hps_numba.errors import ClosedError, HPSError
-from hps_numba.runtime.chunk import Chunk
+from hps_numba.runtime.chunk import Chunk, Turn
 from hps_numba.runtime.hierarchy import Hierarchy
 
 _T = TypeVar("_T")
@@ -87,7 +87,7 @@ class Pipeline:
         ClosedError
             If the workers were sent home meanwhile.
         """
-        last, turn = len(work) - 1, threading.Lock()
+        last, turns = len(work) - 1, threading.Lock()
         flying: deque[tuple[int, Future[None]]] = deque()
 
         def land() -> None:
@@ -103,7 +103,7 @@ class Pipeline:
         try:
             for number, (hierarchy, chunk) in enumerate(work):
                 self._watch(number, chunk)
-                chunk.turn = turn
+                chunk.turn = Turn(turns)
                 if blocks is not None:
                     while flying and flying[0][0] <= number - BUFFERS:
                         land()

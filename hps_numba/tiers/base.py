@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -122,6 +122,15 @@ class Tier(ABC):
         TierError
             If the tier cannot answer.
         """
+
+    def fetch_and_tell(
+        self, tag: str, keys: Keys, out: Rows, found: Mask, asked: Callable[[], None]
+    ) -> int:
+        """Fetch; a tier that answers in turn calls ``asked`` when it has asked for all.
+
+        It works on what is left while the next one asks.
+        """
+        return self.fetch(tag, keys, out, found)
 
     @abstractmethod
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:

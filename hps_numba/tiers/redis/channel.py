@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,7 @@ class Batch:
     bounds: Numbers  # of each partition in order
     out: Bytes  # (n, row_bytes)
     found: Mask
+    asked: Callable[[], None] | None = None  # called when all commands are on their way
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class Channel:
     def wants_to_send(self) -> bool:
         """Whether a command may go out now."""
         return self._sent < self._allowed()
+
+    @property
+    def has_to_send(self) -> bool:
+        """Whether commands are left that are not on their way."""
+        return self._ends.size > 0 and self._sent < self._ends[-1]
 
     def ask(self, batch: Batch, partitions: Numbers) -> None:
         """Begin to read the keys of some partitions."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import select
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
@@ -56,7 +56,7 @@ class Lane:
             busy[channel.fileno] = channel
         asked = list(busy.values())
         try:
-            self._converse(busy)
+            self._converse(busy, batch.asked)
         except BaseException:
             for channel in busy.values():
                 self._drop(channel, InterruptedError("the lookup was interrupted"))
@@ -81,7 +81,9 @@ class Lane:
             channel = self._channels[node.name] = Channel(node)
         return channel
 
-    def _converse(self, busy: dict[int, Channel]) -> None:
+    def _converse(
+        self, busy: dict[int, Channel], asked: Callable[[], None] | None
+    ) -> None:
         """Send and receive until all have answered or failed; empties ``busy``."""
         poller = select.poll()
         heard_s = dict.fromkeys(busy, monotonic())
@@ -89,6 +91,9 @@ class Lane:
             poller.register(fileno, select.POLLIN)
             self._step(busy, poller, fileno, receive=False)
         while busy:
+            if asked and not any(channel.has_to_send for channel in busy.values()):
+                asked()
+                asked = None
             wait_s = min(heard_s[f] for f in busy) + self._timeout_s - monotonic()
             events = poller.poll(max(wait_s, 0.0) * 1e3)
             # Looked at before what came is worked on: an answer that lies here while
@@ -100,9 +105,9 @@ class Lane:
                 error = TimeoutError(f"no answer in {self._timeout_s:g} s")
                 self._drop(busy.pop(fileno), error)
             for fileno, event in events:
-                heard_s[fileno] = monotonic()
                 received = bool(event & ~select.POLLOUT)
                 self._step(busy, poller, fileno, receive=received)
+                heard_s[fileno] = monotonic()  # its next answer may take as long
 
     def _step(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 
 import numpy as np
 from redis.exceptions import MovedError
@@ -34,6 +36,14 @@ class _Outcome:
     errors: list[TierError] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Asking:
+    """Until when servers are asked, and what is called when they have been."""
+
+    end_s: float = math.inf
+    asked: Callable[[], None] | None = None
+
+
 class Reader:
     """Reads rows of tables. Thread-safe.
 
@@ -45,16 +55,48 @@ class Reader:
         Which servers answer.
     lanes
         Connections.
+    max_keys
+        Most keys of one round to the servers.
     """
 
-    def __init__(self, topology: Topology, health: Health, lanes: Lanes) -> None:
+    def __init__(
+        self, topology: Topology, health: Health, lanes: Lanes, max_keys: int
+    ) -> None:
         self._topology = topology
         self._follower = Follower(topology, health)
         self._health = health
         self._lanes = lanes
+        self._max_keys = max_keys
 
-    def fetch(self, table: RedisTable, keys: Keys, out: Bytes, found: Mask) -> None:
+    def fetch_all(
+        self, table: RedisTable, keys: Keys, out: Bytes, found: Mask, asking: Asking
+    ) -> None:
+        """Read rows in so many rounds as their number needs; else as ``fetch``."""
+        errors: list[TierError] = []
+        for low in range(0, keys.size, self._max_keys):
+            if monotonic() >= asking.end_s:
+                break
+            high = low + self._max_keys
+            part, last = slice(low, high), high >= keys.size
+            asked = asking.asked if last else None
+            try:
+                self.fetch(table, keys[part], out[part], found[part], asked)
+            except TierError as exc:  # of one server; others have more rows
+                errors.append(exc)
+        if errors:
+            raise errors[0]
+
+    def fetch(
+        self,
+        table: RedisTable,
+        keys: Keys,
+        out: Bytes,
+        found: Mask,
+        asked: Callable[[], None] | None = None,
+    ) -> None:
         """Read the rows of keys that are not found; mark those that there are.
+
+        ``asked`` is called, perhaps more than once, when all commands are on their way.
 
         Raises
         ------
@@ -63,15 +105,22 @@ class Reader:
         """
         layout = table.layout
         errors: list[TierError] = []
-        asked = np.flatnonzero(~found)
+        wanted = np.flatnonzero(~found)
         for number in range(_ROUNDS):
             order, bounds = table.grouped(
-                keys if asked.size == keys.size else keys[asked]
+                keys if wanted.size == keys.size else keys[wanted]
             )
-            if asked.size < keys.size:
-                order = asked[order]
+            if wanted.size < keys.size:
+                order = wanted[order]
             batch = Batch(
-                layout.reading, layout.row_header, keys, order, bounds, out, found
+                layout.reading,
+                layout.row_header,
+                keys,
+                order,
+                bounds,
+                out,
+                found,
+                asked,
             )
             outcome = self._round(table, batch, last=number == _ROUNDS - 1)
             errors += outcome.errors
@@ -79,7 +128,7 @@ class Reader:
                 self._follow(table, np.concatenate(outcome.moving), batch, errors)
             if not outcome.again:
                 break
-            asked = np.concatenate(outcome.again)
+            wanted = np.concatenate(outcome.again)
         if errors:
             raise errors[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from time import monotonic
 from typing import Any
@@ -27,7 +27,7 @@ from hps_numba.tiers.redis.lane import Lanes
 from hps_numba.tiers.redis.layout import Layout
 from hps_numba.tiers.redis.lease import Lease
 from hps_numba.tiers.redis.overflow import OverflowStats, OverflowWorker
-from hps_numba.tiers.redis.reading import Reader
+from hps_numba.tiers.redis.reading import Asking, Reader
 from hps_numba.tiers.redis.registry import Registry
 from hps_numba.tiers.redis.scripts import OPEN
 from hps_numba.tiers.redis.sizes import row_bytes
@@ -93,7 +93,7 @@ class RedisTier(LastingTier):
         self._registry = Registry(self._topology.client)
         self._health = Health(self._topology)
         self._lanes = Lanes(options.max_connections, options.timeout_s)
-        self._reader = Reader(self._topology, self._health, self._lanes)
+        self._reader = Reader(self._topology, self._health, self._lanes, max_batch_size)
         exchange = Exchange(
             self._topology,
             self._health,
@@ -130,34 +130,16 @@ class RedisTier(LastingTier):
         *,
         budget_s: float = math.inf,
     ) -> int:
-        """Copy known rows; see ``Tier.fetch``.
-
-        Raises
-        ------
-        TierError
-            If a server does not answer, after the rows of the others were copied.
-        """
+        """Copy known rows; raises if a server fails, after those of the others."""
         with self._using(tag) as table:
-            check_rows(table.spec, keys, out)
-            check_output(table.spec, out, found)
-            keys = for_kernel(keys)
-            before, known = int(np.count_nonzero(found)), found.copy()
-            end_s = monotonic() + budget_s
-            as_bytes, step = out.view(np.uint8), self._max_batch_size
-            errors: list[TierError] = []
-            for low in range(0, keys.size, step):
-                if monotonic() >= end_s:
-                    break
-                part = slice(low, low + step)
-                try:
-                    self._reader.fetch(table, keys[part], as_bytes[part], found[part])
-                except TierError as exc:  # of one server; others have more rows
-                    errors.append(exc)
-            if table.notes_uses:
-                self._overflowing.note(table, keys[found & ~known])
-            if errors:
-                raise errors[0]
-            return int(np.count_nonzero(found)) - before
+            return self._fetch(table, keys, out, found, Asking(monotonic() + budget_s))
+
+    def fetch_and_tell(
+        self, tag: str, keys: Keys, out: Rows, found: Mask, asked: Callable[[], None]
+    ) -> int:
+        """Fetch; call ``asked`` when all commands are on their way to the servers."""
+        with self._using(tag) as table:
+            return self._fetch(table, keys, out, found, Asking(asked=asked))
 
     def arrange(self, tag: str, keys: Keys) -> NDArray[np.int64] | None:
         """Return the keys partition by partition: rows come in this order."""
@@ -341,6 +323,20 @@ class RedisTier(LastingTier):
         self._lanes.close()
         self._health.close()
         self._topology.close()
+
+    def _fetch(
+        self, table: RedisTable, keys: Keys, out: Rows, found: Mask, asking: Asking
+    ) -> int:
+        check_rows(table.spec, keys, out)
+        check_output(table.spec, out, found)
+        known = found.copy()
+        try:
+            as_bytes = out.view(np.uint8)
+            self._reader.fetch_all(table, for_kernel(keys), as_bytes, found, asking)
+        finally:
+            if table.notes_uses:
+                self._overflowing.note(table, keys[found & ~known])
+        return int(np.count_nonzero(found)) - int(np.count_nonzero(known))
 
     def _update(self, table: RedisTable, keys: Keys, rows: Rows | None) -> int:
         with self._relieving(table), table.lock:
