@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import redis
+from redis._parsers import _RESP2Parser
 
 from hps_numba.config.enums import RedisLayout
 from hps_numba.tiers.base import Tier
@@ -23,6 +24,7 @@ class Suite(LastingTierContract):
     """Rows in a single server, which is empty for each new directory."""
 
     layout: ClassVar[RedisLayout]
+    options: ClassVar[type[RedisOptions]] = RedisOptions
 
     @pytest.fixture(autouse=True)
     def _server(self, server: RedisServer) -> None:
@@ -34,8 +36,9 @@ class Suite(LastingTierContract):
             with redis.Redis.from_url(f"redis://{self._address}") as client:
                 client.flushall()
         self._last = directory
-        options = RedisOptions(self._address)
-        return RedisTier(options, layout=self.layout, num_partitions=4)
+        return RedisTier(
+            self.options(self._address), layout=self.layout, num_partitions=4
+        )
 
     def write_beneath(self, tier: Tier, tag: str, keys: Keys, rows: Rows) -> None:
         with StoredTable(self._address, tag, self.layout, 4) as stored:
@@ -59,3 +62,18 @@ class TestStrings(Suite):
 
 class TestHashes(Suite):
     layout = RedisLayout.HASHES
+
+
+class Plain(RedisOptions):
+    """The older protocol, parsed in Python: what redis-py does without hiredis."""
+
+    def connection_kwargs(self) -> dict[str, Any]:
+        return super().connection_kwargs() | {
+            "protocol": 2,
+            "parser_class": _RESP2Parser,
+        }
+
+
+class TestPlainly(Suite):
+    layout = RedisLayout.STRINGS
+    options = Plain
