@@ -24,7 +24,7 @@ from hps_numba.tiers.redis.topology import Node
 from hps_numba.types import Keys, Mask
 
 KEYS_PER_COMMAND = 512
-COMMANDS_IN_FLIGHT = 4
+COMMANDS_IN_FLIGHT = 8
 _INPUT_BYTES = 256 << 10
 _AGAIN = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
