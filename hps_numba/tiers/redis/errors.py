@@ -47,9 +47,7 @@ Unavailable = (
 
 
 @contextmanager
-def map_exceptions(
-    tag: str = "", *, user: str = "", node: str = ""
-) -> Iterator[None]:
+def map_exceptions(tag: str = "", *, user: str = "", node: str = "") -> Iterator[None]:
     """Raise errors of redis-py, of sockets and of TLS as errors of this package.
 
     Parameters

@@ -160,7 +160,7 @@ class Evictor:
         fate = fate_of(error)
         if isinstance(error, MovedError) and fate is Fate.MOVED:
             self._topology.moved(error)
-        elif fate is Fate.DOWN:
-            self._health.failed(self._topology.node(table.slots[unit.partition]), error)
         again = fate in (Fate.MOVED, Fate.MOVING, Fate.RECONNECT)
+        if unit.node is not None and not again:
+            self._health.learn(unit.node, fate, error)
         return Answer(unit.partition, None, again)

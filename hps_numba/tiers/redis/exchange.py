@@ -18,7 +18,7 @@ from hps_numba.errors import TierError, TierTimeoutError
 from hps_numba.tiers.redis.client import SPARE_CONNECTIONS
 from hps_numba.tiers.redis.health import Health
 from hps_numba.tiers.redis.layout import Bytes
-from hps_numba.tiers.redis.topology import Node, Topology
+from hps_numba.tiers.redis.topology import Node
 
 _IN_FLIGHT = 2  # units of a server: one is worked on, the next is on its way
 
@@ -42,8 +42,6 @@ class Exchange:
 
     Parameters
     ----------
-    topology
-        Which server has what.
     health
         Which servers answer.
     n_replicas
@@ -52,10 +50,7 @@ class Exchange:
         How long they may take.
     """
 
-    def __init__(
-        self, topology: Topology, health: Health, *, n_replicas: int, timeout_s: float
-    ) -> None:
-        self._topology = topology
+    def __init__(self, health: Health, *, n_replicas: int, timeout_s: float) -> None:
         self._health = health
         self._n_replicas = n_replicas
         self._timeout_s = timeout_s

@@ -95,10 +95,7 @@ class RedisTier(LastingTier):
         self._lanes = Lanes(options.max_connections, options.timeout_s)
         self._reader = Reader(self._topology, self._health, self._lanes, max_batch_size)
         exchange = Exchange(
-            self._topology,
-            self._health,
-            n_replicas=wait_replicas,
-            timeout_s=options.timeout_s,
+            self._health, n_replicas=wait_replicas, timeout_s=options.timeout_s
         )
         self._writer = Writer(self._topology, self._health, exchange)
         evictor = Evictor(self._topology, self._health, exchange)

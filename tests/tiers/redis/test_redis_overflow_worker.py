@@ -301,7 +301,7 @@ def test_steps_of_a_dead_server_fail_for_good():
     with RedisServer() as server:
         topology = Topology(connect(RedisOptions(server.address, timeout_s=1.0)))
         health = Health(topology)
-        exchange = Exchange(topology, health, n_replicas=0, timeout_s=1.0)
+        exchange = Exchange(health, n_replicas=0, timeout_s=1.0)
         evictor = Evictor(topology, health, exchange)
         try:
             keys, counts = np.arange(5), np.ones(5, np.int64)
