@@ -25,7 +25,7 @@ from hps_numba.runtime.pipeline import BUFFERS, Pipeline
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.host import HostTier
 from hps_numba.tiers.rocksdb import RocksDBTier
-from hps_numba.types import FailureMode, Keys, Mask, Rows, TableSpec
+from hps_numba.types import FailureMode, Keys, Rows, TableSpec
 from tests.support.redis_servers import RedisServer
 
 PIPELINE = "pipeline of three tiers"
@@ -122,7 +122,8 @@ class _Work:
 
     def together(self, sampler: Sampler, pipeline: Pipeline) -> Setup:
         """Time the pipeline; its answers are checked once, here."""
-        chunks = self._chunks(sampler(self._n_keys))
+        out = self._rows(self._n_keys)
+        chunks = self._chunks(sampler(self._n_keys), out)
         pipeline.run([(self._hierarchy, chunk) for chunk in chunks])
         for chunk in chunks:
             assert chunk.done, "keys were not found"
@@ -131,19 +132,23 @@ class _Work:
             )
 
         def setup() -> Call:
-            work = [(self._hierarchy, c) for c in self._chunks(sampler(self._n_keys))]
+            chunks = self._chunks(sampler(self._n_keys), out)
+            work = [(self._hierarchy, chunk) for chunk in chunks]
             return lambda: pipeline.run(work)
 
         return setup
 
     def alone(self, sampler: Sampler, fold: Callable[[list[float]], float]) -> Setup:
         """Time each tier by itself and fold their seconds into one number."""
+        outs = [self._rows(self._n_keys) for _ in self._tiers]
 
         def setup() -> Call:
-            parts = [self._shares(c.keys) for c in self._chunks(sampler(self._n_keys))]
+            step, drawn = self._chunk_keys, sampler(self._n_keys)
+            starts = range(0, drawn.size, step)
+            parts = [self._shares(drawn[low : low + step]) for low in starts]
             work = [
-                [Chunk(keys, *self._blank(keys.size)) for keys in share]
-                for share in zip(*parts, strict=True)
+                self._chunks(np.concatenate(share), out, [keys.size for keys in share])
+                for share, out in zip(zip(*parts, strict=True), outs, strict=True)
             ]
 
             def call() -> float:
@@ -172,18 +177,20 @@ class _Work:
             tier.fetch(self._table.tag, chunk.keys, chunk.out, chunk.found)
         return perf_counter() - begin_s
 
-    def _chunks(self, keys: Keys) -> list[Chunk]:
-        step = self._chunk_keys
-        return [
-            Chunk(part, *self._blank(part.size))
-            for part in (keys[low : low + step] for low in range(0, keys.size, step))
-        ]
-
-    def _blank(self, n: int) -> tuple[Rows, Mask]:
-        return (
-            np.empty((n, self._table.dim), self._table.numpy_dtype),
-            np.zeros(n, np.bool_),
+    def _chunks(
+        self, keys: Keys, out: Rows, sizes: Sequence[int] | None = None
+    ) -> list[Chunk]:
+        """Cut keys, and the memory for their rows, into chunks."""
+        ends = np.cumsum(sizes) if sizes else np.arange(0, keys.size, self._chunk_keys)
+        found = np.zeros(keys.size, np.bool_)
+        parts = zip(
+            *(np.split(a, ends) for a in (keys, out[: keys.size], found)), strict=True
         )
+        return [Chunk(*part) for part in parts if part[0].size]
+
+    def _rows(self, n: int) -> Rows:
+        """Return memory for rows that the system has given already."""
+        return np.ones((n, self._table.dim), self._table.numpy_dtype)
 
 
 BENCHMARKS: tuple[Callable[[Run], Iterator[Result]], ...] = (three_tiers,)
