@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,13 @@ _SAMPLES = 64  # of a server's keys, to estimate how many are a table's
 _GLOB = b"\\*?[]"
 
 
-def keys_of(topology: Topology, layout: Layout) -> Iterator[Keys]:
+Step = Callable[[], None]
+"""Called after each of the many calls to a server that a list takes."""
+
+
+def keys_of(
+    topology: Topology, layout: Layout, step: Step = lambda: None
+) -> Iterator[Keys]:
     """Yield the keys of a table, each once: partition by partition, if rows are fields.
 
     Of rows that are strings all keys are listed before the first are yielded, 8 bytes
@@ -27,15 +33,15 @@ def keys_of(topology: Topology, layout: Layout) -> Iterator[Keys]:
     with map_exceptions(layout.spec.tag):
         if layout.has_hashes:
             for partition in range(layout.n_partitions):
-                yield _fields(topology.client, layout.rows_key(partition))
+                yield _fields(topology.client, layout.rows_key(partition), step)
         else:
-            listed = [_strings(server, layout) for server in _servers(topology)]
+            listed = [_strings(server, layout, step) for server in _servers(topology)]
             yield np.unique(np.concatenate(listed))
 
 
-def all_keys(topology: Topology, layout: Layout) -> Keys:
+def all_keys(topology: Topology, layout: Layout, step: Step = lambda: None) -> Keys:
     """Return the keys of a table, each once."""
-    return np.concatenate(list(keys_of(topology, layout)))
+    return np.concatenate(list(keys_of(topology, layout, step)))
 
 
 def count(topology: Topology, layout: Layout) -> int:
@@ -70,7 +76,7 @@ def _servers(topology: Topology) -> list[redis.Redis]:
     return [redis.Redis(connection_pool=node.pool) for node in topology.masters()]
 
 
-def _fields(client: redis.Redis | redis.RedisCluster, name: bytes) -> Keys:
+def _fields(client: redis.Redis | redis.RedisCluster, name: bytes, step: Step) -> Keys:
     fields: set[bytes] = set()
     cursor: int = 0
     some: Any
@@ -78,12 +84,13 @@ def _fields(client: redis.Redis | redis.RedisCluster, name: bytes) -> Keys:
         cursor, some = client.hscan(name, cursor, count=_PER_CALL)
         # HugeCTR has 4-byte keys as well, in tables of its own.
         fields.update(name for name in some if len(name) == KEY_BYTES)
+        step()
         if cursor == 0:
             break
     return np.frombuffer(b"".join(fields), "<i8").astype(np.int64)
 
 
-def _strings(server: redis.Redis, layout: Layout) -> Keys:
+def _strings(server: redis.Redis, layout: Layout, step: Step) -> Keys:
     stem = f"{TAG_PREFIX}{{{layout.spec.tag}/p".encode()
     pattern = b"".join(b"\\%c" % c if c in _GLOB else b"%c" % c for c in stem) + b"*"
     found: list[bytes] = []
@@ -92,6 +99,7 @@ def _strings(server: redis.Redis, layout: Layout) -> Keys:
     while True:
         cursor, names = server.scan(cursor, match=pattern, count=_PER_CALL)
         found.append(b"".join(n[-KEY_BYTES:] for n in names if _is_row(n, layout)))
+        step()
         if cursor == 0:
             break
     return np.frombuffer(b"".join(found), "<i8").astype(np.int64)

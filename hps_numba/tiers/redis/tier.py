@@ -172,7 +172,7 @@ class RedisTier(LastingTier):
             begun = self._registry.begin_load(tag)
             lease = Lease(lambda lease_us: self._stamp_all(table, lease_us), tag)
             lease.begin()
-            before = scanning.all_keys(self._topology, table.layout)
+            before = scanning.all_keys(self._topology, table.layout, lease.keep)
             loaded: list[Keys] = []
             n_rows = 0
             for block in blocks:
@@ -186,7 +186,7 @@ class RedisTier(LastingTier):
                     progress(len(block))
                 lease.keep()
             gone = np.setdiff1d(before, np.concatenate([before[:0], *loaded]))
-            self._evict(table, gone)
+            self._evict(table, gone, lease.keep)
             lease.end()
             self._registry.end_load(tag, begun, fingerprint)
             return n_rows
@@ -358,12 +358,19 @@ class RedisTier(LastingTier):
             finally:
                 table.stamps.commit_all()
 
-    def _evict(self, table: RedisTable, keys: Keys) -> int:
+    def _evict(
+        self,
+        table: RedisTable,
+        keys: Keys,
+        step: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Evict keys batch by batch; ``step`` is called after each."""
         evicted = 0
         for low in range(0, keys.size, self._max_batch_size):
             with table.lock:
                 part = keys[low : low + self._max_batch_size]
                 evicted += self._writer.evict(table, part)
+            step()
         return evicted
 
     @contextmanager

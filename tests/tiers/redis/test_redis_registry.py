@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +24,14 @@ from hps_numba.errors import (
     UnknownTableError,
 )
 from hps_numba.tiers.redis import registry as registry_module
+from hps_numba.tiers.redis import scanning
+from hps_numba.tiers.redis import tier as tier_module
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.lease import Lease
 from hps_numba.tiers.redis.registry import TABLES_KEY, Registry
 from hps_numba.tiers.redis.scripts import LEASE_US
 from hps_numba.tiers.redis.tier import RedisTier
+from hps_numba.tiers.redis.writing import Writer
 from hps_numba.types import Keys, RowBlock, Rows, TableSpec
 from tests.support.redis_servers import RedisServer
 
@@ -274,6 +279,35 @@ def test_a_lease_is_renewed_and_one_that_passed_is_an_error() -> None:
     with pytest.raises(TierTimeoutError, match=r"took 30 s of the 30 s"):
         lease.end()
     assert stamped[-1] == LEASE_US
+
+
+def test_the_lease_is_kept_while_a_large_table_is_listed_and_emptied(
+    tiers: list[RedisTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tiers
+    first.load(SPEC.tag, [RowBlock(KEYS, rows(1))])
+    now_s = [100.0]
+
+    def slow(owner: type, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            now_s[0] += 16.0
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    slow(redis.Redis, "scan")
+    slow(redis.Redis, "hscan")
+    slow(Writer, "evict")
+    monkeypatch.setattr(scanning, "_PER_CALL", 30)
+    monkeypatch.setattr(first, "_max_batch_size", 30)
+    leased = partial(Lease, monotonic=lambda: now_s[0])
+    monkeypatch.setattr(tier_module, "Lease", leased)
+    first.load(SPEC.tag, [RowBlock(KEYS[:10], rows(2, 10))], fingerprint=FILES)
+    assert now_s[0] >= 100.0 + 5 * 16.0
+    assert versions(second) == [2] * 10 + [None] * 90
+    assert second.fingerprint(SPEC.tag) == FILES
 
 
 def test_an_entry_that_is_not_understood_is_named(
