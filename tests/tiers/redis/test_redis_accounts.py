@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,35 @@ KEYS = np.arange(5_000, dtype=np.int64)
 ROWS = np.random.default_rng(0).random((KEYS.size, SPEC.dim), dtype=np.float32)
 
 
+PAGE = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+
+
+def documented(pattern: str) -> list[str]:
+    """Return the words of a command in docs/operations.md."""
+    match = re.search(pattern, PAGE.replace("\\\n", " "))
+    assert match is not None
+    return shlex.split(match[1])
+
+
 def documented_rights() -> list[str]:
     """Return the arguments of ACL SETUSER in docs/operations.md."""
-    page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
-    match = re.search(r"redis-cli (ACL SETUSER hps .*?)\n```", page, re.DOTALL)
-    assert match is not None
-    return shlex.split(match[1].replace("\\\n", " "))
+    return documented(r"redis-cli -p \$port (ACL SETUSER hps .*)\n")
+
+
+def documented_settings() -> dict[str, str]:
+    """Return the lines of redis.conf that docs/operations.md gives to a server."""
+    words = documented(r"redis-server --port \$port --dir \S+ --daemonize yes (.*)\n")
+    names = [name.removeprefix("--") for name in words[::2]]
+    return dict(zip(names, words[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[RedisCluster]:
+    made = RedisCluster(masters=3, config=documented_settings())
+    for node in made.nodes:
+        (node.folder / "users.acl").touch()
+    with made:
+        yield made
 
 
 @pytest.mark.parametrize("layout", list(RedisLayout))
@@ -70,6 +95,27 @@ def test_the_documented_account_reaches_nothing_else(cluster: RedisCluster) -> N
         account.get("elsewhere")
     with account, pytest.raises(NoPermissionError):
         account.flushall()
+
+
+def test_the_documented_account_is_there_after_a_restart(cluster: RedisCluster) -> None:
+    for node in cluster.masters:
+        with node.client() as client:
+            client.execute_command(*documented_rights())
+            client.execute_command(*documented(r"redis-cli -p \$port (ACL SAVE)\n"))
+    options = RedisOptions(cluster.address, user="hps", password="secret")
+    with closing(RedisTier(options, num_partitions=8)) as tier:
+        tier.open_table(SPEC)
+        tier.insert(SPEC.tag, KEYS, ROWS)
+    restarted = cluster.masters[0]
+    restarted.kill()
+    restarted.start()
+    cluster.wait_until_stable()
+    with closing(RedisTier(options, num_partitions=8)) as tier:
+        tier.open_table(SPEC)
+        rows, found = np.zeros_like(ROWS), np.zeros(KEYS.size, np.bool_)
+        tier.fetch(SPEC.tag, KEYS, rows, found)
+    assert found.all()
+    np.testing.assert_array_equal(rows, ROWS)
 
 
 def test_an_account_without_a_right_is_told_which(cluster: RedisCluster) -> None:
