@@ -18,6 +18,7 @@ from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_
 from hps_numba.tiers.base import Epoch, LastingTier, TierStats
 from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis import scanning
+from hps_numba.tiers.redis.changing import Changer
 from hps_numba.tiers.redis.client import RedisOptions, connect
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.evicting import Evictor
@@ -87,7 +88,6 @@ class RedisTier(LastingTier):
             raise ConfigError("redis: num_partitions and max_batch_size are 1 or more")
         self._num_partitions = num_partitions
         self._kind = RedisLayout(layout)
-        self._max_batch_size = max_batch_size
         self._overflow = overflow or Overflow()
         self._topology = Topology(connect(options))
         self._registry = Registry(self._topology.client)
@@ -97,9 +97,10 @@ class RedisTier(LastingTier):
         exchange = Exchange(
             self._health, n_replicas=wait_replicas, timeout_s=options.timeout_s
         )
-        self._writer = Writer(self._topology, self._health, exchange)
         evictor = Evictor(self._topology, self._health, exchange)
         self._overflowing = OverflowWorker(evictor)
+        writer = Writer(self._topology, self._health, exchange)
+        self._changer = Changer(writer, self._overflowing, max_batch_size)
         self._lock = threading.Lock()
         self._tables: dict[str, RedisTable] = {}  # written under _lock
         self._closed = False
@@ -146,13 +147,13 @@ class RedisTier(LastingTier):
         """Store the newest rows of keys."""
         with self._using(tag) as table:
             check_rows(table.spec, keys, rows)
-            self._update(table, keys, rows)
+            self._changer.update(table, keys, rows)
 
     def delete(self, tag: str, keys: Keys) -> int:
         """Remove keys for good."""
         with self._using(tag) as table:
             check_keys(table.spec, keys)
-            return self._update(table, keys, None)
+            return self._changer.update(table, keys, None)
 
     def load(
         self,
@@ -170,15 +171,16 @@ class RedisTier(LastingTier):
         """
         with self._using(tag) as table, table.load_lock:
             begun = self._registry.begin_load(tag)
-            lease = Lease(lambda lease_us: self._stamp_all(table, lease_us), tag)
+            lease = Lease(
+                lambda lease_us: self._changer.stamp_all(table, lease_us), tag
+            )
             lease.begin()
             before = scanning.all_keys(self._topology, table.layout, lease.keep)
             loaded: list[Keys] = []
             n_rows = 0
             for block in blocks:
                 check_rows(table.spec, block.keys, block.rows)
-                with self._relieving(table), table.lock:
-                    self._writer.put(table, block.keys, block.rows)
+                self._changer.put(table, block.keys, block.rows)
                 if before.size:
                     loaded.append(block.keys.copy())
                 n_rows += len(block)
@@ -186,7 +188,7 @@ class RedisTier(LastingTier):
                     progress(len(block))
                 lease.keep()
             gone = np.setdiff1d(before, np.concatenate([before[:0], *loaded]))
-            self._evict(table, gone, lease.keep)
+            self._changer.evict(table, gone, lease.keep)
             lease.end()
             self._registry.end_load(tag, begun, fingerprint)
             return n_rows
@@ -221,17 +223,7 @@ class RedisTier(LastingTier):
         """Store rows that a lower tier gave, unless any server wrote them since."""
         with self._using(tag) as table:
             check_rows(table.spec, keys, rows)
-            own, *numbers = epoch if isinstance(epoch, tuple) else (epoch,)
-            with self._relieving(table), table.lock:
-                admitted = table.stamps.admit(keys, own)
-                some = keys[admitted]
-                stored = 0
-                if some.size:
-                    stored = self._writer.backfill(
-                        table, some, rows[admitted], tuple(numbers)
-                    )
-                table.refused_backfills += keys.size - stored
-            return stored
+            return self._changer.backfill(table, keys, rows, epoch)
 
     def evict(self, tag: str, keys: Keys | None = None) -> int:
         """Forget keys (all, if None)."""
@@ -240,7 +232,7 @@ class RedisTier(LastingTier):
                 check_keys(table.spec, keys)
             else:
                 keys = scanning.all_keys(self._topology, table.layout)
-            return self._evict(table, keys)
+            return self._changer.evict(table, keys)
 
     def iterate(self, tag: str, *, block_rows: int = 65_536) -> Iterator[RowBlock]:
         """Yield the rows; keys are listed first, see ``scanning``."""
@@ -301,7 +293,7 @@ class RedisTier(LastingTier):
         if table is None:
             return
         self._overflowing.forget(tag)
-        self._evict(table, scanning.all_keys(self._topology, table.layout))
+        self._changer.evict(table, scanning.all_keys(self._topology, table.layout))
         self._registry.remove(tag)
         layout = table.layout
         with map_exceptions(tag):
@@ -334,44 +326,6 @@ class RedisTier(LastingTier):
             if table.notes_uses:
                 self._overflowing.note(table, keys[found & ~known])
         return int(np.count_nonzero(found)) - int(np.count_nonzero(known))
-
-    def _update(self, table: RedisTable, keys: Keys, rows: Rows | None) -> int:
-        with self._relieving(table), table.lock:
-            try:
-                return self._writer.update(table, keys, rows)
-            finally:  # a write that failed may have happened
-                table.stamps.commit(keys)
-
-    @contextmanager
-    def _relieving(self, table: RedisTable) -> Iterator[None]:
-        """Let rows go from the partitions that what is written makes too large."""
-        yield
-        with table.lock:
-            brought = table.take_too_large_locked()
-        if brought:
-            self._overflowing.relieve(table, brought)
-
-    def _stamp_all(self, table: RedisTable, lease_us: int) -> None:
-        with table.lock:
-            try:
-                self._writer.stamp_all(table, lease_us)
-            finally:
-                table.stamps.commit_all()
-
-    def _evict(
-        self,
-        table: RedisTable,
-        keys: Keys,
-        step: Callable[[], None] = lambda: None,
-    ) -> int:
-        """Evict keys batch by batch; ``step`` is called after each."""
-        evicted = 0
-        for low in range(0, keys.size, self._max_batch_size):
-            with table.lock:
-                part = keys[low : low + self._max_batch_size]
-                evicted += self._writer.evict(table, part)
-            step()
-        return evicted
 
     @contextmanager
     def _using(self, tag: str) -> Iterator[RedisTable]:

@@ -77,7 +77,7 @@ def update(tier: RedisTier, path: Path, seconds: float, fault: str) -> Counter[s
             elif fault == "no stamps":
                 hidden: Any = tier
                 table = hidden._tables[SPEC.tag]
-                hidden._writer.put(table, keys, rows_of(versions))
+                hidden._changer._writer.put(table, keys, rows_of(versions))
             else:
                 tier.insert(SPEC.tag, keys, rows_of(versions))
         acknowledged[keys] = lower[keys]

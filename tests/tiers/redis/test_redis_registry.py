@@ -301,7 +301,7 @@ def test_the_lease_is_kept_while_a_large_table_is_listed_and_emptied(
     slow(redis.Redis, "hscan")
     slow(Writer, "evict")
     monkeypatch.setattr(scanning, "_PER_CALL", 30)
-    monkeypatch.setattr(first, "_max_batch_size", 30)
+    monkeypatch.setattr(first._changer, "_max_keys", 30)
     leased = partial(Lease, monotonic=lambda: now_s[0])
     monkeypatch.setattr(tier_module, "Lease", leased)
     first.load(SPEC.tag, [RowBlock(KEYS[:10], rows(2, 10))], fingerprint=FILES)

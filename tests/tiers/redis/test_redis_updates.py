@@ -187,7 +187,7 @@ class WithoutStamps(SteppedTier):
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
         self.before("insert")
         tier: Any = self.inner
-        tier._writer.put(tier._tables[tag], keys, rows)
+        tier._changer._writer.put(tier._tables[tag], keys, rows)
 
 
 class StampsLater(WithoutStamps):
@@ -197,7 +197,7 @@ class StampsLater(WithoutStamps):
         super().insert(tag, keys, rows)
         self.before("stamp")
         tier: Any = self.inner
-        tier._writer.stamp_all(tier._tables[tag], 0)
+        tier._changer._writer.stamp_all(tier._tables[tag], 0)
 
 
 class StampsEarlier(WithoutStamps):
@@ -206,7 +206,7 @@ class StampsEarlier(WithoutStamps):
     def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
         self.before("stamp")
         tier: Any = self.inner
-        tier._writer.stamp_all(tier._tables[tag], 0)
+        tier._changer._writer.stamp_all(tier._tables[tag], 0)
         super().insert(tag, keys, rows)
 
 
