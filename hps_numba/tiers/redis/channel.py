@@ -64,6 +64,7 @@ class Channel:
     def __init__(self, node: Node) -> None:
         self.node = node
         self._connection = node.connection()
+        self._closed = False
         try:
             self._socket = raw_socket(self._connection)
             self._socket.settimeout(0)
@@ -203,8 +204,10 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection; the second call does nothing."""
-        self._connection.disconnect()
-        self.node.give_back(self._connection)
+        if not self._closed:
+            self._closed = True  # its pool lends what it is given twice to two threads
+            self._connection.disconnect()
+            self.node.give_back(self._connection)
 
     def _allowed(self) -> int:
         """Return how many bytes may be sent while so many replies are missing."""

@@ -15,6 +15,7 @@ from hps_numba.errors import (
     TierTimeoutError,
     TierUnavailableError,
 )
+from hps_numba.tiers.redis.channel import Channel
 from hps_numba.tiers.redis.client import (
     SPARE_CONNECTIONS,
     RedisOptions,
@@ -22,6 +23,7 @@ from hps_numba.tiers.redis.client import (
     map_exceptions,
     raw_socket,
 )
+from hps_numba.tiers.redis.topology import Topology
 from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_servers import RedisServer, wait_for
 
@@ -216,3 +218,18 @@ def connect_when_listening(server: RedisServer) -> redis.Redis:
 
     wait_for(connected, what="a server that listens")
     return clients[0]
+
+
+def test_a_channel_that_is_closed_twice_gives_its_connection_back_once(
+    server: RedisServer,
+) -> None:
+    with closing(Topology(connect(RedisOptions(server.address)))) as topology:
+        node = topology.node(0)
+        lent = [node.connection() for _ in range(3)]  # or its pool has no room for two
+        channel = Channel(node)
+        channel.close()
+        channel.close()
+        lent += [node.connection() for _ in range(2)]
+        assert len({id(connection) for connection in lent}) == 5
+        for connection in lent:
+            node.give_back(connection)
