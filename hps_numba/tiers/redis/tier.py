@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hps_numba.config.enums import RedisLayout
-from hps_numba.errors import ClosedError, ConfigError, TierError, UnknownTableError
+from hps_numba.errors import (
+    ClosedError,
+    ConfigError,
+    TierError,
+    TierUnavailableError,
+    UnknownTableError,
+)
 from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_kernel
 from hps_numba.tiers.base import Epoch, LastingTier, TierStats
 from hps_numba.tiers.host_table import Overflow
@@ -262,7 +268,7 @@ class RedisTier(LastingTier):
         with self._using(tag) as table:
             down = tuple(state.name for state in self.down())
             if not down:  # else nobody waits for it, and it keeps the last number
-                with suppress(TierError):
+                with suppress(TierError, ConfigError):
                     table.rows = scanning.estimate(self._topology, table.layout)
             noted = table.use() is not None
             return TierStats(
@@ -333,9 +339,11 @@ class RedisTier(LastingTier):
         table = self._table(tag)
         try:
             yield table
-        except TierError as exc:
+        except (TierError, ConfigError) as exc:
             if self._closed:
                 raise ClosedError("the Redis tier is closed") from exc
+            if isinstance(exc, ConfigError):  # it was right when the tier was opened
+                raise TierUnavailableError(str(exc), tier=self.name, tag=tag) from exc
             raise
         finally:
             if self._closed:  # redis-py has kept what was in use

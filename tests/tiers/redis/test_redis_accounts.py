@@ -14,12 +14,13 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from hps_numba.config.enums import RedisLayout
-from hps_numba.errors import ConfigError
+from hps_numba.errors import ConfigError, TierUnavailableError
 from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.tier import RedisTier
 from hps_numba.types import OverflowPolicy, RowBlock, TableSpec
 from tests.support.redis_cluster import RedisCluster
+from tests.support.redis_servers import RedisServer
 
 SPEC = TableSpec("model", "table", 8)
 KEYS = np.arange(5_000, dtype=np.int64)
@@ -127,3 +128,33 @@ def test_an_account_without_a_right_is_told_which(cluster: RedisCluster) -> None
     with pytest.raises(ConfigError, match=r"the configured user lacks a right .*eval"):
         tier.open_table(SPEC)
     tier.close()
+
+
+def test_an_account_that_is_refused_later_makes_the_tier_unavailable() -> None:
+    with (
+        RedisServer({"requirepass": "first"}, password="first") as server,
+        closing(RedisTier(RedisOptions(server.address, password="first"))) as tier,
+    ):
+        tier.open_table(SPEC)
+        tier.insert(SPEC.tag, KEYS, ROWS)
+        with server.client() as client:
+            client.config_set("requirepass", "second")
+            client.client_kill_filter(_type="normal", skipme=True)
+        rows, found = np.zeros_like(ROWS), np.zeros(KEYS.size, np.bool_)
+        for call in (
+            lambda: tier.fetch(SPEC.tag, KEYS, rows, found),
+            lambda: tier.insert(SPEC.tag, KEYS, ROWS),
+            lambda: tier.backfill(SPEC.tag, KEYS, ROWS, tier.epoch(SPEC.tag)),
+            lambda: tier.delete(SPEC.tag, KEYS),
+            lambda: tier.evict(SPEC.tag),
+            lambda: tier.size(SPEC.tag),
+            lambda: next(tier.iterate(SPEC.tag)),
+            lambda: tier.load(SPEC.tag, []),
+            lambda: tier.fingerprint(SPEC.tag),
+        ):
+            with pytest.raises(TierUnavailableError, match="was refused") as caught:
+                call()
+            assert "first" not in str(caught.value)
+            assert SPEC.tag in str(caught.value)
+        assert tier.stats(SPEC.tag).down == ()
+        assert not found.any()
