@@ -16,6 +16,7 @@ from hps_numba.types import Keys, OverflowPolicy
 
 _ROWS_PER_COMMAND = 256
 _ROWS_PER_PIECE = 1024  # a server does nothing else while it works on one
+_BYTES_PER_PIECE = 4 << 20
 
 Piece = tuple[int, int, int]  # partition, and bounds in the order by partition
 
@@ -32,13 +33,15 @@ class Work:
 
     def pieces(self) -> list[Piece]:
         """Return the work in pieces, in turn from each partition."""
+        most = _ROWS_PER_PIECE
+        if self.rows is not None:
+            most = min(max(_BYTES_PER_PIECE // self.rows.shape[1], 1), most)
         found = []
         for p in range(self.bounds.size - 1):
             low, high = int(self.bounds[p]), int(self.bounds[p + 1])
-            starts = range(low, high, _ROWS_PER_PIECE)
+            starts = range(low, high, most)
             found += [
-                (n, p, start, min(start + _ROWS_PER_PIECE, high))
-                for n, start in enumerate(starts)
+                (n, p, start, min(start + most, high)) for n, start in enumerate(starts)
             ]
         return [(p, low, high) for _, p, low, high in sorted(found)]
 
