@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakegpu import shim
+from tests.support.redis_servers import RedisServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -35,6 +36,12 @@ EXPECTED = {
     ],
     "migrate_from_hps.py": ["OUTPUT0: (4180,)", "right rows: True"],
 }
+
+OVER_REDIS = [
+    "same rows: True",
+    "updated by the first: [1. 1. 1.]",
+    "it came from: ['redis']",
+]
 
 ON_A_DEVICE = [
     "on the host: (2, 4, 8) True",
@@ -83,13 +90,24 @@ def lines_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_every_example_is_run():
-    run = [*EXPECTED, "gpu_cache.py", *WITH_A_LIBRARY]
+    run = [*EXPECTED, "shared_redis.py", "gpu_cache.py", *WITH_A_LIBRARY]
     assert sorted(run) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_an_example_prints_what_it_promises(name, lines_missing):
     assert lines_missing(name, EXPECTED[name]) == []
+
+
+@pytest.mark.service
+def test_the_example_of_a_shared_redis_prints_what_it_promises(
+    lines_missing, monkeypatch
+):
+    with RedisServer() as server:
+        monkeypatch.setenv("REDIS_ADDRESS", server.address)
+        assert lines_missing("shared_redis.py", OVER_REDIS) == []
+        with server.client() as client:
+            assert client.keys("*") == []
 
 
 @pytest.mark.device
