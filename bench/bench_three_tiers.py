@@ -36,17 +36,19 @@ IN_TURN = "one tier after the other"
 def three_tiers(run: Run) -> Iterator[Result]:
     """Compare a lookup with its tiers, each asked alone for the same kind of keys."""
     sizes = run.sizes
-    for dim, layout, share in product(sizes.dims, RedisLayout, sizes.three_tiers_redis):
+    for dim, layout, shares in product(
+        sizes.dims, RedisLayout, sizes.three_tiers_shares
+    ):
         sampler = uniform(sizes.n_rows, seed=SEED)
-        with _tiers(run, dim, layout, share) as (tiers, server):
-            work = _Work(run, spec(dim), tiers, share)
+        with _tiers(run, dim, layout, shares) as (tiers, server):
+            work = _Work(run, spec(dim), tiers, shares)
             with ThreadPoolExecutor(BUFFERS) as workers:
                 setups = {
                     PIPELINE: work.together(sampler, Pipeline(workers)),
                     SLOWEST: work.alone(sampler, max),
                     IN_TURN: work.alone(sampler, sum),
                 }
-                floor = defaults.THREE_TIERS_OVER_SLOWEST.get(share)
+                floor = defaults.THREE_TIERS_OVER_SLOWEST.get(shares)
                 n_keys = sizes.three_tiers_keys
                 yield from compare(
                     run,
@@ -58,8 +60,8 @@ def three_tiers(run: Run) -> Iterator[Result]:
                         "n_rows": sizes.n_rows,
                         "batch": n_keys,
                         "chunk": sizes.three_tiers_chunk,
-                        "in host memory": sizes.three_tiers_host,
-                        "in Redis": share,
+                        "in host memory": shares[0],
+                        "in Redis": shares[1],
                     },
                     claims=[
                         Claim(PIPELINE, SLOWEST, floor, "at_most"),
@@ -71,14 +73,14 @@ def three_tiers(run: Run) -> Iterator[Result]:
 
 @contextmanager
 def _tiers(
-    run: Run, dim: int, layout: RedisLayout, in_redis: float
+    run: Run, dim: int, layout: RedisLayout, shares: tuple[float, float]
 ) -> Iterator[tuple[Sequence[Tier], RedisServer]]:
     """Fill three tiers; each holds what the one above it holds, and more.
 
     Nothing is backfilled, so which rows are where does not change.
     """
     sizes, table = run.sizes, spec(dim)
-    path = run.scratch / f"three-tiers-{dim}-{layout.value}-{in_redis}"
+    path = run.scratch / f"three-tiers-{dim}-{layout.value}-{shares[0]}"
     with RedisServer() as server, ExitStack() as stack:
         tiers: list[Tier] = [
             HostTier(),
@@ -86,9 +88,7 @@ def _tiers(
             RocksDBTier(str(path), cache_bytes=sizes.cached_bytes),
         ]
         keys = shuffled_keys(sizes.n_rows)
-        for tier, share in zip(
-            tiers, (sizes.three_tiers_host, in_redis, 1.0), strict=True
-        ):
+        for tier, share in zip(tiers, (*shares, 1.0), strict=True):
             stack.enter_context(closing(tier))
             tier.open_table(table)
             tier.load(table.tag, blocks(keys[: round(sizes.n_rows * share)], table))
@@ -100,7 +100,11 @@ class _Work:
     """Lookups through all tiers, and the share of each tier in them."""
 
     def __init__(
-        self, run: Run, table: TableSpec, tiers: Sequence[Tier], in_redis: float
+        self,
+        run: Run,
+        table: TableSpec,
+        tiers: Sequence[Tier],
+        shares: tuple[float, float],
     ) -> None:
         sizes = run.sizes
         self._n_keys, self._chunk_keys = sizes.three_tiers_keys, sizes.three_tiers_chunk
@@ -116,9 +120,7 @@ class _Work:
         # would leave the rows in the CPU's caches.
         self._rank = np.empty(sizes.n_rows, np.int64)
         self._rank[shuffled_keys(sizes.n_rows)] = np.arange(sizes.n_rows)
-        self._held = [
-            round(sizes.n_rows * share) for share in (sizes.three_tiers_host, in_redis)
-        ]
+        self._held = [round(sizes.n_rows * share) for share in shares]
 
     def together(self, sampler: Sampler, pipeline: Pipeline) -> Setup:
         """Time the pipeline; its answers are checked once, here."""
