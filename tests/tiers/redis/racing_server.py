@@ -1,7 +1,8 @@
 """A server at full speed beside another one, over one Redis and one lower tier.
 
 The lower tier is a file that both map: a version for each key, negative if the key was
-deleted then, and beside it the version that was last acknowledged. ``update`` writes
+deleted then, and beside it the version that was last acknowledged; and how many rounds
+each server has done, since both race until both have done enough. ``update`` writes
 versions that grow; ``look_up`` looks keys up, evicts some, and gives rows back to Redis
 a while after it read them. It counts what it sees: a row that is older than what was
 acknowledged before the lookup began is a violation.
@@ -28,18 +29,27 @@ SPEC = TableSpec("model", "table", 8)
 N_KEYS = 64
 BATCH = 16
 LONGEST_DELAY = 12  # lookups between a read and its backfill
+N_ROUNDS = 200  # of each server at least, however slow the machine is
+UPDATER, READER = 0, 1
 
 Versions = NDArray[np.int64]
 
 
 def create(path: Path) -> None:
     """Make the lower tier: version 1 of all keys."""
-    np.ones((2, N_KEYS), np.int64).tofile(path)
+    versions, rounds = np.ones((2, N_KEYS), np.int64), np.zeros(N_KEYS, np.int64)
+    np.vstack([versions, rounds]).tofile(path)
 
 
 def mapped(path: Path) -> Versions:
-    """Return the versions, and those that were acknowledged."""
-    return np.memmap(path, np.int64, "r+", shape=(2, N_KEYS))
+    """Return the versions, those that were acknowledged, and the rounds."""
+    return np.memmap(path, np.int64, "r+", shape=(3, N_KEYS))
+
+
+def race_on(rounds: Versions, me: int, end_s: float) -> bool:
+    """Count a round, and return whether there is one to do."""
+    rounds[me] += 1
+    return monotonic() < end_s or min(rounds[UPDATER], rounds[READER]) <= N_ROUNDS
 
 
 def open_tier(address: str, layout: str) -> RedisTier:
@@ -63,9 +73,9 @@ def rows_of(versions: Versions) -> NDArray[np.float32]:
 def update(tier: RedisTier, path: Path, seconds: float, fault: str) -> Counter[str]:
     """Write and delete as a hierarchy does: hold, evict, the lower tier, Redis."""
     random, counts = np.random.default_rng(1), Counter[str]()
-    lower, acknowledged = mapped(path)
+    lower, acknowledged, rounds = mapped(path)
     end_s, version = monotonic() + seconds, 1
-    while monotonic() < end_s:
+    while race_on(rounds, UPDATER, end_s):
         version += 1
         keys, deletes = some_keys(random), version % 8 == 0
         versions = np.full(BATCH, version, np.int64)
@@ -88,10 +98,10 @@ def update(tier: RedisTier, path: Path, seconds: float, fault: str) -> Counter[s
 def look_up(tier: RedisTier, path: Path, seconds: float, seed: int) -> Counter[str]:
     """Look keys up and backfill them later."""
     random, counts = np.random.default_rng(seed), Counter[str]()
-    lower, acknowledged = mapped(path)
+    lower, acknowledged, rounds = mapped(path)
     waiting: list[tuple[int, Any]] = []
     end_s, n = monotonic() + seconds, 0
-    while monotonic() < end_s:
+    while race_on(rounds, READER, end_s):
         n += 1
         keys = some_keys(random)
         known = np.abs(acknowledged[keys])
