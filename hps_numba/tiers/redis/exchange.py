@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redis.connection import Connection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 from hps_numba.errors import TierError, TierTimeoutError
 from hps_numba.tiers.redis.client import SPARE_CONNECTIONS
@@ -166,6 +166,9 @@ class _Link:
                 unit.replies.append(reply)
         except (RedisError, OSError) as exc:
             self._fail(exc)
+            return
+        except (TypeError, ValueError) as exc:  # redis-py takes replies at their word
+            self._fail(InvalidResponse(f"no reply: {exc}"))
             return
         self._done.append(self._flying.popleft())
 

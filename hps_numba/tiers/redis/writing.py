@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from redis.exceptions import MovedError
+from redis.exceptions import InvalidResponse, MovedError
 
 from hps_numba.errors import TierError
 from hps_numba.tiers.arguments import for_kernel
@@ -61,7 +61,10 @@ class Writer:
 
         def settle(unit: Unit) -> None:
             nonlocal removed
-            number, *counts = unit.replies[-1]
+            done = unit.replies[-1]
+            if not isinstance(done, list) or len(done) != unit.n_replies - 2:
+                raise ValueError("EXEC did not answer for each command")
+            number, *counts = done
             table.see_locked(unit.partition, int(number))
             n_deleting = -(-(unit.high - unit.low) // KEYS_PER_COMMAND)
             removed += sum(counts[:n_deleting]) if rows is None else 0
@@ -220,9 +223,8 @@ class Writer:
             self._exchange.run(units, table.slots, confirmed=confirmed)
             todo = []
             for unit in sent:
-                error = unit.error or first_error(unit.replies)
+                error = _settled(unit, settle)
                 if error is None:
-                    settle(unit)
                     continue
                 fate = Fate.REFUSED if isinstance(error, TierError) else fate_of(error)
                 again = fate in (Fate.MOVED, Fate.RECONNECT)
@@ -256,6 +258,18 @@ def _work(table: RedisTable, keys: Keys, rows: Rows | None) -> Work:
     order, bounds = table.grouped(keys)
     given = None if rows is None else for_kernel(rows).view(np.uint8)
     return Work(table, for_kernel(keys), given, order, bounds)
+
+
+def _settled(unit: Unit, settle: Callable[[Unit], None]) -> Exception | None:
+    """Settle a unit that was answered; return what went wrong otherwise."""
+    error = unit.error or first_error(unit.replies)
+    if error is not None:
+        return error
+    try:
+        settle(unit)
+    except (TypeError, ValueError) as exc:
+        return InvalidResponse(f"the replies do not fit the commands: {exc}")
+    return None
 
 
 def _building(

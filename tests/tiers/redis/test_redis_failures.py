@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -624,3 +625,23 @@ def test_a_closed_tier_leaves_no_connection_and_no_thread_behind() -> None:
 
 def partitions(keys: Keys) -> Any:
     return np.array([partition_of(key, 4) for key in keys.tolist()])
+
+
+@pytest.mark.usefixtures("forgiving")
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_write_that_is_answered_with_something_else_is_not_acknowledged(
+    server: RedisServer, protocol: int
+) -> None:
+    keys, rows = filled(20)
+    with FaultyProxy(server.port) as proxy:
+        for data in (b":1\r\n", b"*1\r\n:1\r\n", b"%1\r\n*0\r\n:1\r\n", b"_\r\n"):
+            options = RedisOptions(proxy.address, protocol=protocol)
+            with closing(RedisTier(options, num_partitions=2)) as tier:
+                tier.open_table(SPEC)
+                tier.insert(TAG, keys, rows)
+                proxy.plan(Fault("insert", 0, 20 * data))
+                with pytest.raises(TierCorruptionError, match="repl"):
+                    tier.insert(TAG, keys, rows)
+                assert not proxy.pending
+                wait_for(lambda tier=tier: not tier.down())
+                assert_version(tier, keys, 1)
