@@ -10,7 +10,7 @@ import redis
 
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.layout import KEY_BYTES, Layout
-from hps_numba.tiers.redis.topology import Topology
+from hps_numba.tiers.redis.topology import Node, Topology
 from hps_numba.types import TAG_PREFIX, Keys
 
 _PER_CALL = 4096
@@ -35,7 +35,7 @@ def keys_of(
             for partition in range(layout.n_partitions):
                 yield _fields(topology.client, layout.rows_key(partition), step)
         else:
-            listed = [_strings(server, layout, step) for server in _servers(topology)]
+            listed = [_strings(node, layout, step) for node in topology.masters()]
             yield np.unique(np.concatenate(listed))
 
 
@@ -60,20 +60,16 @@ def estimate(topology: Topology, layout: Layout) -> int:
     if layout.has_hashes:
         return count(topology, layout)
     total = 0.0
-    with map_exceptions(layout.spec.tag):
-        for server in _servers(topology):
-            pipe = server.pipeline(transaction=False)
-            pipe.dbsize()
-            for _ in range(_SAMPLES):
-                pipe.randomkey()
+    for node in topology.masters():
+        pipe = redis.Redis(connection_pool=node.pool).pipeline(transaction=False)
+        pipe.dbsize()
+        for _ in range(_SAMPLES):
+            pipe.randomkey()
+        with map_exceptions(layout.spec.tag, node=node.name):
             size, *names = pipe.execute()
-            mine = sum(_is_row(name, layout) for name in names if name is not None)
-            total += size * mine / _SAMPLES
+        mine = sum(_is_row(name, layout) for name in names if name is not None)
+        total += size * mine / _SAMPLES
     return round(total)
-
-
-def _servers(topology: Topology) -> list[redis.Redis]:
-    return [redis.Redis(connection_pool=node.pool) for node in topology.masters()]
 
 
 def _fields(client: redis.Redis | redis.RedisCluster, name: bytes, step: Step) -> Keys:
@@ -90,14 +86,16 @@ def _fields(client: redis.Redis | redis.RedisCluster, name: bytes, step: Step) -
     return np.frombuffer(b"".join(fields), "<i8").astype(np.int64)
 
 
-def _strings(server: redis.Redis, layout: Layout, step: Step) -> Keys:
+def _strings(node: Node, layout: Layout, step: Step) -> Keys:
+    server = redis.Redis(connection_pool=node.pool)
     stem = f"{TAG_PREFIX}{{{layout.spec.tag}/p".encode()
     pattern = b"".join(b"\\%c" % c if c in _GLOB else b"%c" % c for c in stem) + b"*"
     found: list[bytes] = []
     cursor: int = 0
     names: Any
     while True:
-        cursor, names = server.scan(cursor, match=pattern, count=_PER_CALL)
+        with map_exceptions(layout.spec.tag, node=node.name):
+            cursor, names = server.scan(cursor, match=pattern, count=_PER_CALL)
         found.append(b"".join(n[-KEY_BYTES:] for n in names if _is_row(n, layout)))
         step()
         if cursor == 0:

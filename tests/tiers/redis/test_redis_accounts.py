@@ -156,5 +156,8 @@ def test_an_account_that_is_refused_later_makes_the_tier_unavailable() -> None:
                 call()
             assert "first" not in str(caught.value)
             assert SPEC.tag in str(caught.value)
+        for call in (lambda: tier.size(SPEC.tag), lambda: tier.evict(SPEC.tag)):
+            with pytest.raises(TierUnavailableError, match=server.address):
+                call()
         assert tier.stats(SPEC.tag).down == ()
         assert not found.any()
