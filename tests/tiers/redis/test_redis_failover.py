@@ -164,7 +164,7 @@ def test_reads_go_on_when_a_replica_takes_over(
     """Acknowledged rows are on the replica: not one of them is lost or wrong."""
     cluster = replicated
     cluster.flush()
-    address, n_sockets = cluster.address, open_sockets()
+    address, sockets = cluster.address, open_sockets()
     with (
         opened(address, layout=layout, wait_replicas=1) as writer,
         opened(address, layout=layout) as first,
@@ -200,7 +200,7 @@ def test_reads_go_on_when_a_replica_takes_over(
         load.n_refused,
     )
     assert load.n_refused > 0
-    assert open_sockets() == n_sockets
+    assert open_sockets() <= sockets  # others' may be gone, too
 
 
 def test_a_master_that_was_replaced_while_it_slept_is_not_read(
