@@ -5,9 +5,9 @@ from __future__ import annotations
 from hps_numba.config.enums import RedisLayout
 from hps_numba.types import TAG_PREFIX, TableSpec
 
-# Measured with Redis 7.0: an entry of a hash table with its share of the buckets; around
-# a value that is a key of its own an object, and its place in a cluster's list of the
-# keys of a slot (16 bytes, which a single server does without).
+# Measured with Redis 7.0: an entry of a hash table with its share of the buckets, and
+# around a value that is a key of its own an object and its place in a cluster's list of
+# the keys of a slot (16 bytes, which a single server does without).
 _ENTRY_BYTES = {RedisLayout.STRINGS: 75, RedisLayout.HASHES: 43}
 _USE_BYTES = 75  # what overflow handling notes of a row
 _KEY_BYTES = 8
