@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hps_numba.errors import CacheError, DeviceError, TierError, UpdateError
-from hps_numba.kernels.host.scatter import scatter_rows
 from hps_numba.runtime.backfill import Backfill, BackfillQueue
 from hps_numba.runtime.chunk import Chunk
 from hps_numba.runtime.failures import FailureLog
-from hps_numba.runtime.inflight import Flight, InFlight
+from hps_numba.runtime.inflight import Flight, InFlight, Part, deliver
 from hps_numba.runtime.stats import TableCounters, TableStats
 from hps_numba.runtime.turns import Turns
 from hps_numba.runtime.upper import UpperCache, evict_in_any_case, replace_rows
@@ -116,15 +115,8 @@ class Hierarchy:
             return
         missing = np.flatnonzero(~chunk.found)
         unique, inverse = self._arranged(chunk.keys[missing])
-        rows, found = self._fetch_unique(self._in_flight, unique, chunk)
-        chunk.resolved += scatter_rows(
-            rows.view(np.uint8),
-            found,
-            inverse,
-            missing,
-            chunk.out.view(np.uint8),
-            chunk.found,
-        )
+        parts = self._fetch_unique(self._in_flight, unique, chunk)
+        chunk.resolved += deliver(parts, inverse, missing, chunk.out, chunk.found)
 
     def update(self, keys: Keys, rows: Rows) -> None:
         """Write the newest rows of unique keys to all tiers, the last one first.
@@ -276,7 +268,7 @@ class Hierarchy:
 
     def _fetch_unique(
         self, in_flight: InFlight, keys: Keys, chunk: Chunk
-    ) -> tuple[Rows, Mask]:
+    ) -> list[Part]:
         flight = in_flight.new_flight()
         failed = True
         try:
@@ -286,24 +278,20 @@ class Hierarchy:
         finally:
             in_flight.land(flight, failed=failed)
         chunk.degraded |= flight.degraded
-        if not boarding.waits:
-            return flight.rows, flight.found
-        rows = np.empty((keys.size, self.spec.dim), self.spec.numpy_dtype)
-        found = np.zeros(keys.size, np.bool_)
-        rows[boarding.mine], found[boarding.mine] = flight.rows, flight.found
+        parts: list[Part] = [(boarding.mine, flight.rows, flight.found)]
         for wait in boarding.waits:
             wait.flight.landed.wait()
             if wait.flight.failed:
                 own = Flight(0, keys[wait.mine], *self._blank(wait.mine.size))
                 self._fly(own, chunk)
-                rows[wait.mine], found[wait.mine] = own.rows, own.found
+                parts.append((wait.mine, own.rows, own.found))
                 chunk.degraded |= own.degraded
             else:
-                rows[wait.mine] = wait.flight.rows[wait.theirs]
-                found[wait.mine] = wait.flight.found[wait.theirs]
+                rows, found = wait.flight.rows, wait.flight.found
+                parts.append((wait.mine, rows[wait.theirs], found[wait.theirs]))
                 chunk.degraded |= wait.flight.degraded
                 chunk.joined += wait.mine.size
-        return rows, found
+        return parts
 
     def _fly(self, flight: Flight, chunk: Chunk) -> None:
         """Fetch the keys of a flight from tier to tier and backfill what was found."""

@@ -11,6 +11,7 @@ The register is a host table whose 16-byte rows are (flight number, position in 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -54,6 +55,42 @@ class Boarding:
     flight: Flight
     mine: NDArray[np.int64]
     waits: tuple[Wait, ...]
+
+
+Part = tuple[NDArray[np.int64], Rows, Mask]
+"""Positions among unique keys, their rows, and which of these there are."""
+
+
+def deliver(
+    parts: Sequence[Part],
+    inverse: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    out: Rows,
+    found: Mask,
+) -> int:
+    """Copy rows of unique keys to all places where they are wanted; count these.
+
+    Parameters
+    ----------
+    parts
+        Each unique key is in one of them.
+    inverse, targets
+        Of each place: the position of its key among the unique ones, and its row.
+    out, found
+        Rows that are written, and marked if there was one.
+    """
+    n = 0
+    for positions, rows, there in parts:
+        sources, wanted = inverse, targets
+        if len(parts) > 1:
+            place = np.full(sum(p.size for p, _, _ in parts), -1)
+            place[positions] = np.arange(positions.size)
+            sources = place[inverse]
+            mine = sources >= 0
+            sources, wanted = sources[mine], targets[mine]
+        as_bytes = rows.view(np.uint8)
+        n += scatter_rows(as_bytes, there, sources, wanted, out.view(np.uint8), found)
+    return n
 
 
 class InFlight:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hps_numba.runtime.inflight import _REGISTER, Boarding, InFlight
+from hps_numba.runtime.inflight import _REGISTER, Boarding, InFlight, Part, deliver
 from hps_numba.types import Keys, TableSpec
 
 SPEC = TableSpec("model", "table", 4)
@@ -164,3 +164,18 @@ def test_an_interrupted_landing_keeps_nobody_waiting(
 
 def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_rows_of_several_flights_are_delivered_wherever_they_are_wanted() -> None:
+    """Unique keys 0 to 4; those at 1 and 3 come from elsewhere, that at 3 is nowhere."""
+    rows = np.arange(10, dtype=np.float32).reshape(5, 2)
+    parts: list[Part] = [
+        (np.array([0, 2, 4]), rows[[0, 2, 4]], np.array([True, True, True])),
+        (np.array([1, 3]), rows[[1, 3]], np.array([True, False])),
+    ]
+    inverse, targets = np.array([4, 1, 1, 3, 0]), np.array([6, 0, 2, 3, 5])
+    out, found = np.full((7, 2), -1, np.float32), np.zeros(7, np.bool_)
+    assert deliver(parts, inverse, targets, out, found) == 4
+    np.testing.assert_array_equal(np.flatnonzero(found), [0, 2, 5, 6])
+    np.testing.assert_array_equal(out[[6, 0, 2, 5]], rows[[4, 1, 1, 0]])
+    assert (out[[1, 3, 4]] == -1).all()
