@@ -167,7 +167,7 @@ def interrupt(*args: object) -> None:
 
 
 def test_rows_of_several_flights_are_delivered_wherever_they_are_wanted() -> None:
-    """Unique keys 0 to 4; those at 1 and 3 come from elsewhere, that at 3 is nowhere."""
+    """Of unique keys 0 to 4, the rows of 1 and 3 come apart; 3 is nowhere."""
     rows = np.arange(10, dtype=np.float32).reshape(5, 2)
     parts: list[Part] = [
         (np.array([0, 2, 4]), rows[[0, 2, 4]], np.array([True, True, True])),
