@@ -83,7 +83,7 @@ def test_a_single_server_gives_a_plain_client(
 def test_a_cluster_gives_a_cluster_client(cluster: RedisCluster, protocol: int) -> None:
     options = RedisOptions(cluster.nodes[1].address, protocol=protocol)
     with closing(connect(options)) as client:
-        assert type(client) is redis.RedisCluster
+        assert isinstance(client, redis.RedisCluster)
         assert {node.port for node in client.get_primaries()} == {
             node.port for node in cluster.nodes
         }
@@ -99,7 +99,7 @@ def test_the_first_seed_that_answers_decides(
         with closing(connect(RedisOptions(f"{dead},{server.address}"))) as client:
             assert type(client) is redis.Redis
         with closing(connect(RedisOptions(f"{dead}, {cluster.address}"))) as client:
-            assert type(client) is redis.RedisCluster
+            assert isinstance(client, redis.RedisCluster)
 
 
 def test_a_seed_that_hangs_costs_one_time_out() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -37,6 +37,11 @@ class Conversation:
     read: bytes = b""
     gave_up: list[Exception] = field(default_factory=list)
     wants_to_send: bool = False
+    unsent: int = 0  # times that send() leaves something over
+
+    @property
+    def has_to_send(self) -> bool:
+        return self.unsent > 0
 
     @property
     def node(self) -> SimpleNamespace:
@@ -47,7 +52,7 @@ class Conversation:
         return self.ours.fileno()
 
     def send(self) -> None:
-        pass
+        self.unsent = max(self.unsent - 1, 0)
 
     def receive(self) -> bool:
         self.read += self.ours.recv(64)
@@ -74,8 +79,8 @@ def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
             end.close()
 
 
-def converse(*channels: Conversation) -> None:
-    Lane(TIMEOUT_S)._converse({channel.fileno: channel for channel in channels})
+def converse(*channels: Conversation, asked: Callable[[], None] | None = None) -> None:
+    Lane(TIMEOUT_S)._converse({channel.fileno: channel for channel in channels}, asked)
 
 
 def test_an_answer_that_waits_for_this_thread_is_not_late(
@@ -110,3 +115,32 @@ def test_a_server_that_sends_nothing_is_late(
     converse(first, second)
     assert first.read == b"first"
     assert [str(error) for error in second.gave_up] == ["no answer in 2 s"]
+
+
+def test_the_next_one_is_let_in_once_all_servers_have_all_commands(
+    clock: Clock, pairs: list[tuple[socket.socket, socket.socket]]
+) -> None:
+    first, second = (
+        Conversation(name, clock, 0.0, *pair, unsent=unsent)
+        for name, unsent, pair in zip("ab", (1, 2), pairs, strict=True)
+    )
+    events = []
+
+    def let_in() -> None:
+        events.append((first.unsent, second.unsent))
+        second.theirs.send(b"second")
+
+    # The first server answers a part; only then the second one takes the rest.
+    def receive_a_part() -> bool:
+        events.append("a part")
+        first.read += first.ours.recv(64)
+        second.send()
+        first.receive = Conversation.receive.__get__(first)  # type: ignore[method-assign]
+        first.theirs.send(b" rest")
+        return False
+
+    first.receive = receive_a_part  # type: ignore[method-assign]
+    first.theirs.send(b"first")
+    converse(first, second, asked=let_in)
+    assert events == ["a part", (0, 0)]
+    assert (first.read, second.read) == (b"first rest", b"second")
