@@ -9,6 +9,8 @@
     +-- CacheError                        the GPU cache
     +-- DeviceError                       a GPU that is missing or refused
     +-- UpdateError                       an update that was not applied
+    |   +-- StreamGapError                records before it are missing in a tier
+    +-- UpdateSourceError                 the update stream cannot be read or written
     +-- ClosedError                       the object was closed
     +-- TierError (.tier .tag)            a storage tier
         +-- TierUnavailableError          it cannot be reached; retry later
@@ -52,6 +54,27 @@ class DeviceError(HPSError):
 
 class UpdateError(HPSError):
     """An update was not applied; the message says to what extent."""
+
+
+class StreamGapError(UpdateError):
+    """A tier lacks records before those that it was given.
+
+    Parameters
+    ----------
+    message
+        What happened.
+    offset, record
+        Where the tier is: records are to be given again from there.
+    """
+
+    def __init__(self, message: str, *, offset: int, record: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+        self.record = record
+
+
+class UpdateSourceError(HPSError):
+    """The update stream cannot be reached, read or written."""
 
 
 class ClosedError(HPSError):

@@ -88,6 +88,48 @@ class TableSpec:
         return self.dim * self.numpy_dtype.itemsize
 
 
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where a reader of an update stream goes on; ordered as the stream is.
+
+    Parameters
+    ----------
+    offset
+        Of the message to be read next.
+    record
+        Records of that message that were applied already.
+    """
+
+    offset: int
+    record: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """Return the position that ``str`` wrote; ``ValueError`` for other text."""
+        offset, _, record = text.partition(":")
+        return cls(int(offset), int(record or 0))
+
+    def __str__(self) -> str:
+        return f"{self.offset}:{self.record}"
+
+
+@dataclass(frozen=True)
+class StreamSpan:
+    """The records of one partition of a table's update stream that a write holds.
+
+    Parameters
+    ----------
+    partition
+        Of the stream, not of a tier.
+    since, until
+        The first record, and the one after the last.
+    """
+
+    partition: int
+    since: Position
+    until: Position
+
+
 @dataclass(frozen=True)
 class RowBlock:
     """Some rows of a table: ``keys`` int64 (n,), ``rows`` (n, dim)."""

@@ -15,7 +15,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+from hps_numba.types import (
+    Keys,
+    Mask,
+    Position,
+    Progress,
+    RowBlock,
+    Rows,
+    StreamSpan,
+    TableSpec,
+)
 
 Epoch: TypeAlias = int | tuple[int, ...]
 """Update epoch of a table in one tier. Those of one tier object are of one kind and are
@@ -252,6 +261,49 @@ class LastingTier(Tier):
     @abstractmethod
     def fingerprint(self, tag: str) -> dict[str, Any] | None:
         """Return what the last ``load`` of the table was given, or None."""
+
+    @abstractmethod
+    def apply(self, tag: str, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
+        """Write what a span of the table's update stream brings, exactly once.
+
+        Rows and position change together, at once for readers or in parts; a process
+        that is killed leaves the tier at ``span.since``, at ``span.until``, or, where
+        the tier has parts, each of them at one of the two.
+
+        Parameters
+        ----------
+        tag
+            Tag of an open table.
+        keys
+            int64 (n,), each key once; n may be 0.
+        rows
+            (n, dim), the newest rows of the keys in the span; None if the span deletes
+            them.
+        span
+            What it is.
+
+        Returns
+        -------
+        int
+            Keys that were written. Those that are missing had been written by this
+            span or a later one.
+
+        Raises
+        ------
+        StreamGapError
+            If records between the tier's position and ``span.since`` are missing;
+            nothing is written then. A tier without a position begins anywhere.
+        TierError
+            If it cannot be written; the call may be repeated.
+        """
+
+    @abstractmethod
+    def positions(self, tag: str) -> dict[int, Position]:
+        """Return how far each partition of the table's update stream was applied."""
+
+    @abstractmethod
+    def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Set positions, forwards or backwards; rows stay as they are."""
 
     def loading(self, tag: str) -> AbstractContextManager[None]:
         """Keep other processes from loading the table while the context lasts.
