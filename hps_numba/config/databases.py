@@ -13,12 +13,16 @@ from typing_extensions import Self
 
 from hps_numba.config.base import ConfigModel
 from hps_numba.config.enums import (
+    INITIAL_OFFSETS,
+    OFFSET_RESETS,
     OVERFLOW_POLICIES,
     PERSISTENT_TYPES,
     REDIS_LAYOUTS,
     UPDATE_SOURCE_TYPES,
     VOLATILE_TYPES,
     DatabaseType,
+    InitialOffset,
+    OffsetReset,
     RedisLayout,
     UpdateSourceType,
 )
@@ -36,6 +40,7 @@ from hps_numba.config.fields import (
     own,
 )
 from hps_numba.config.findings import Findings, InconsistentError, Path, Problem
+from hps_numba.config.kafka import KafkaSettings
 from hps_numba.errors import ConfigError
 from hps_numba.types import OverflowPolicy
 
@@ -332,6 +337,32 @@ class UpdateSourceParams(ConfigModel):
     )
     max_commit_interval: Count = Field(
         32, description="Most messages between two commits."
+    )
+    initial_offset: Annotated[InitialOffset, INITIAL_OFFSETS] = own(
+        InitialOffset.EARLIEST,
+        "Where a partition of a topic begins that no database has read of.",
+    )
+    offset_reset: Annotated[OffsetReset, OFFSET_RESETS] = own(
+        OffsetReset.EARLIEST,
+        "Where a partition goes on when the messages that come next are not there: "
+        "retention removed them, or the topic was made anew. stop: nowhere, until "
+        "seek() says where.",
+    )
+    burst_rows: Size = own(
+        65_536,
+        "Rows of a partition that wait, from which on they are applied as one burst. "
+        "0: never.",
+    )
+    dead_letter_file: Text | None = own(
+        None, "File that messages are appended to that cannot be applied."
+    )
+    dead_letter_topic: Text | None = own(
+        None, "Topic that messages are sent to that cannot be applied."
+    )
+    kafka: KafkaSettings = own(
+        KafkaSettings(),
+        "Settings of librdkafka, by its names, such as security.protocol and "
+        "sasl.password. Values of secrets are never shown.",
     )
 
     @classmethod

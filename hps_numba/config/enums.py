@@ -32,6 +32,21 @@ class UpdateSourceType(str, Enum):
     KAFKA_MESSAGE_QUEUE = "kafka_message_queue"
 
 
+class InitialOffset(str, Enum):
+    """Where a stream begins that no database has read of."""
+
+    EARLIEST = "earliest"
+    LATEST = "latest"
+
+
+class OffsetReset(str, Enum):
+    """Where a stream goes on when what comes next is not there any more."""
+
+    EARLIEST = "earliest"
+    LATEST = "latest"
+    STOP = "stop"
+
+
 class EmbeddingCacheType(str, Enum):
     """Kind of the GPU embedding cache."""
 
@@ -162,6 +177,8 @@ UPDATE_SOURCE_TYPES = Spellings(
         UpdateSourceType.KAFKA_MESSAGE_QUEUE: ("kafka_mq", "kafka"),
     },
 )
+INITIAL_OFFSETS = Spellings(*InitialOffset)
+OFFSET_RESETS = Spellings(*OffsetReset)
 OVERFLOW_POLICIES = Spellings(
     *OverflowPolicy,
     others={

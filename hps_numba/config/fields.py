@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 
 from hps_numba.config.enums import Spellings
 from hps_numba.config.filters import topic_pattern
+from hps_numba.config.kafka import EXPECTED as KAFKA_EXPECTED
+from hps_numba.config.kafka import KafkaSettings
 
 MAX_SIZE = 2**64 - 1
 NAME_PATTERN = r"^[a-zA-Z0-9_\-]{1,120}$"
@@ -86,7 +88,7 @@ class Kind:
     @property
     def secret(self) -> bool:
         """Whether a value must never be shown."""
-        return self.base is SecretStr
+        return self.base in (SecretStr, KafkaSettings)
 
     @property
     def nested(self) -> type[BaseModel] | None:
@@ -107,6 +109,8 @@ class Kind:
         return nouns.get(self.base, self._text()) + _range(self.limits)
 
     def _text(self) -> str:
+        if self.base is KafkaSettings:
+            return KAFKA_EXPECTED
         if self.nested:
             return "an object"
         pattern = _limit(self.limits, "pattern")

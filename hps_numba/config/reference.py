@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from hps_numba.config.enums import Spellings
 from hps_numba.config.fields import MAX_SIZE, Kind, kinds, mark
+from hps_numba.config.kafka import KafkaSettings
 from hps_numba.config.server import ParameterServerConfig
 
 SCHEMA_FILE = "ps.schema.json"
@@ -87,4 +88,6 @@ def _plain(value: Any) -> str:
         value = value.get_secret_value()
     if isinstance(value, Enum):
         value = value.value
+    if isinstance(value, KafkaSettings):
+        value = dict(value)
     return "2^64-1" if value == MAX_SIZE else json.dumps(value).replace("|", "\\|")

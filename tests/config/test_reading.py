@@ -202,6 +202,12 @@ def test_defaults_are_those_of_hugectr(tmp_path: Path) -> None:
         "max_batch_size": 8_192,
         "failure_backoff_ms": 50,
         "max_commit_interval": 32,
+        "initial_offset": "earliest",
+        "offset_reset": "earliest",
+        "burst_rows": 65_536,
+        "dead_letter_file": None,
+        "dead_letter_topic": None,
+        "kafka": {},
     }
     assert model.max_batchsize == 64
     assert (model.hit_rate_threshold, model.cache_size_percentage) == (0.9, 0.2)

@@ -21,6 +21,7 @@ from hps_numba.config import (
 )
 from hps_numba.config.enums import Spellings
 from hps_numba.config.fields import MAX_SIZE, Kind, kinds
+from hps_numba.config.kafka import KafkaSettings
 
 BLOCKS = {
     "": ParameterServerConfig,
@@ -83,6 +84,11 @@ def wrong(kind: Kind) -> st.SearchStrategy[Any]:
         if kind.base is int:
             shapes += [st.floats(0.1, 0.9), st.integers(MAX_SIZE + 1, 2**70)]
         return st.one_of(*shapes)
+    if kind.base is KafkaSettings:
+        values = st.one_of(st.none(), st.lists(st.integers(), max_size=2))
+        odd = st.dictionaries(letters, values, min_size=1, max_size=2)
+        scalars = (st.integers(), st.booleans(), st.none(), letters, st.lists(letters))
+        return st.one_of(odd, *scalars)
     assert kind.base in (str, SecretStr), kind
     return st.one_of(*shapes, st.integers(), st.booleans(), st.floats(0.1, 0.9))
 
