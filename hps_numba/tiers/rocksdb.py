@@ -2,11 +2,11 @@
 
 Each table is a column family, named as its tag (``tag#2`` and so on after the table was
 replaced). The family ``hps_meta`` says for every table which family is live, its shape
-and the files it was loaded from, holds its update epoch, and the offsets of update
-sources. Metadata is written in the same batch as the rows that it is about, and the
-step from one family to the next is one write: a process killed at any instant leaves
-each batch whole or absent, and a table before or after a load. A family that no table
-names was left by a killed load; it is dropped at the next start.
+and the files it was loaded from, and holds its update epoch. Metadata is written in the
+same batch as the rows that it is about, and the step from one family to the next is one
+write: a process killed at any instant leaves each batch whole or absent, and a table
+before or after a load. A family that no table names was left by a killed load; it is
+dropped at the next start.
 """
 
 from __future__ import annotations
@@ -27,10 +27,20 @@ from hps_numba.tiers.arguments import check_keys, check_output, check_rows
 from hps_numba.tiers.base import Epoch, PersistentTier, TierStats
 from hps_numba.tiers.rocksdb_catalog import Catalog
 from hps_numba.tiers.rocksdb_errors import NAME
+from hps_numba.tiers.rocksdb_family import Batch
 from hps_numba.tiers.rocksdb_rows import CountedBlocks, Fetch
-from hps_numba.tiers.rocksdb_store import META_FAMILY, Batch, RocksStore
+from hps_numba.tiers.rocksdb_store import META_FAMILY, RocksStore
 from hps_numba.tiers.rocksdb_table import RocksTable
-from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+from hps_numba.types import (
+    Keys,
+    Mask,
+    Position,
+    Progress,
+    RowBlock,
+    Rows,
+    StreamSpan,
+    TableSpec,
+)
 
 
 class RocksDBTier(PersistentTier):
@@ -168,25 +178,8 @@ class RocksDBTier(PersistentTier):
             fetch = Fetch(table.spec, family, keys, out, found, deadline)
             return fetch.run(order, self._pool, self._threads)
 
-    def insert(
-        self,
-        tag: str,
-        keys: Keys,
-        rows: Rows,
-        *,
-        offsets: Mapping[str, int] | None = None,
-    ) -> None:
+    def insert(self, tag: str, keys: Keys, rows: Rows) -> None:
         """Store the newest rows of keys, replacing what is there.
-
-        Parameters
-        ----------
-        tag
-            Tag of an open table.
-        keys, rows
-            int64 (n,), and (n, dim) in the table's dtype.
-        offsets
-            Positions of update sources that these rows bring the database to; stored
-            in the last batch of the call.
 
         Raises
         ------
@@ -195,20 +188,38 @@ class RocksDBTier(PersistentTier):
         """
         with self._writing(tag) as table:
             check_rows(table.spec, keys, rows)
-            table.write(keys, rows, offsets)
+            table.write(keys, rows)
 
-    def delete(
-        self, tag: str, keys: Keys, *, offsets: Mapping[str, int] | None = None
-    ) -> int:
-        """Remove keys for good and return how many were there.
-
-        See ``insert`` for ``offsets`` and errors.
-        """
+    def delete(self, tag: str, keys: Keys) -> int:
+        """Remove keys for good and return how many were there; see ``insert``."""
         with self._writing(tag) as table:
             check_keys(table.spec, keys)
             known = table.known(keys)
-            table.write(keys, None, offsets)
+            table.write(keys, None)
         return int(known.sum())
+
+    def apply(self, tag: str, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
+        """Write what a span of the table's update stream brings, exactly once.
+
+        See ``LastingTier.apply``. Rows and position are one batch, or sorted files that
+        are taken over in one step: a span is applied as a whole or not at all.
+        """
+        with self._writing(tag) as table:
+            if rows is None:
+                check_keys(table.spec, keys)
+            else:
+                check_rows(table.spec, keys, rows)
+            return table.apply(keys, rows, span)
+
+    def positions(self, tag: str) -> dict[int, Position]:
+        """Return how far each partition of the table's update stream was applied."""
+        with self._store.using(tag):
+            return self._table(tag).positions()
+
+    def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Set positions, forwards or backwards; rows, and other partitions, stay."""
+        with self._writing(tag) as table:
+            table.seek(positions)
 
     def load(
         self,
@@ -266,11 +277,6 @@ class RocksDBTier(PersistentTier):
         """Return whether the table holds just the rows of its last ``load``."""
         with self._store.using(tag):
             return self._table(tag).untouched
-
-    def offsets(self) -> dict[str, int]:
-        """Return the position of every update source, as stored with rows."""
-        with self._store.using():
-            return self._catalog.offsets()
 
     def epoch(self, tag: str) -> int:
         """Return the table's update epoch; it is stored with the rows."""

@@ -1,27 +1,26 @@
-"""What a RocksDB database says about its tables, and about where updates came from.
+"""What a RocksDB database says about its tables.
 
 Entries live in a family of their own and are put into the batch of the rows that they
-are about: ``table/<tag>`` (JSON), ``epoch/<tag>`` and ``offset/<source>`` (decimal).
+are about: ``table/<tag>`` (JSON) and ``epoch/<tag>`` (decimal).
 ``format`` marks the database as this package's, so that no other is written to.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hps_numba.errors import ConfigError, TierCorruptionError
 from hps_numba.tiers.rocksdb_errors import NAME
-from hps_numba.tiers.rocksdb_store import META_FAMILY, Batch, RocksStore
+from hps_numba.tiers.rocksdb_family import Batch
+from hps_numba.tiers.rocksdb_store import META_FAMILY, RocksStore
 from hps_numba.types import TableSpec
 
 _FORMAT = b"format"
 _VERSION = b"1"
 _TABLE = b"table/"
 _EPOCH = b"epoch/"
-_OFFSET = b"offset/"
 _SCAN_ROWS = 4096
 
 
@@ -99,13 +98,6 @@ class Catalog:
         value = self._meta.get(_EPOCH + tag.encode())
         return 0 if value is None else self._number(tag, value)
 
-    def offsets(self) -> dict[str, int]:
-        """Return the stored position of every update source."""
-        return {
-            source.decode(): self._number("", value)
-            for source, value in self._with_prefix(_OFFSET)
-        }
-
     def put_entry(self, batch: Batch, tag: str, entry: Entry) -> None:
         """Add a table's entry to a batch."""
         text = json.dumps(asdict(entry))
@@ -114,11 +106,6 @@ class Catalog:
     def put_epoch(self, batch: Batch, tag: str, epoch: int) -> None:
         """Add a table's epoch to a batch."""
         batch.put(self._meta, _EPOCH + tag.encode(), b"%d" % epoch)
-
-    def put_offsets(self, batch: Batch, offsets: Mapping[str, int]) -> None:
-        """Add positions of update sources to a batch."""
-        for source, offset in offsets.items():
-            batch.put(self._meta, _OFFSET + source.encode(), b"%d" % offset)
 
     def remove(self, batch: Batch, tag: str) -> None:
         """Add the removal of a table to a batch."""

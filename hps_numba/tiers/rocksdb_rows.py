@@ -7,6 +7,7 @@ from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from itertools import compress
 from time import monotonic
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,12 @@ from hps_numba.errors import TierCorruptionError
 from hps_numba.tiers.arguments import check_rows
 from hps_numba.tiers.codec import decode_keys, decode_rows, encode_keys, encode_rows
 from hps_numba.tiers.rocksdb_errors import NAME
-from hps_numba.tiers.rocksdb_store import Family
-from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+from hps_numba.tiers.rocksdb_family import Batch, Family
+from hps_numba.tiers.rocksdb_positions import pair_of
+from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, StreamSpan, TableSpec
+
+EncodedPairs: TypeAlias = Iterator[tuple[list[bytes], list[bytes] | None]]
+"""Some keys at a time, and their rows; None removes them."""
 
 PIECE_KEYS = 4096  # that are objects at a time; a fetch then looks at the clock
 _KEYS_PER_THREAD = 1024
@@ -101,9 +106,31 @@ class CountedBlocks:
             yield block
 
 
-def encoded(blocks: Iterable[RowBlock]) -> Iterator[tuple[list[bytes], list[bytes]]]:
+def encoded(blocks: Iterable[RowBlock]) -> EncodedPairs:
     """Yield the bytes of keys and rows, some at a time."""
     for block in blocks:
         for low in range(0, len(block), PIECE_KEYS):
             piece = slice(low, low + PIECE_KEYS)
             yield encode_keys(block.keys[piece]), encode_rows(block.rows[piece])
+
+
+def encoded_span(
+    keys: Keys, rows: Rows | None, order: NDArray[np.int64], span: StreamSpan
+) -> EncodedPairs:
+    """Yield a span's keys in this order, with rows if there are, and its position."""
+    for low in range(0, keys.size, PIECE_KEYS):
+        piece = order[low : low + PIECE_KEYS]
+        yield (
+            encode_keys(keys[piece]),
+            None if rows is None else encode_rows(rows[piece]),
+        )
+    key, value = pair_of(span.partition, span.until)
+    yield [key], [value]
+
+
+def fill(batch: Batch, family: Family, keys: Keys, rows: Rows | None) -> None:
+    """Add pairs, or without rows removals, to a batch."""
+    if rows is None:
+        batch.delete_all(family, encode_keys(keys))
+    else:
+        batch.put_all(family, encode_keys(keys), encode_rows(rows))

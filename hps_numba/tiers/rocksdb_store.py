@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
 from rocksdict import (
@@ -22,12 +19,9 @@ from rocksdict import (
     Cache,
     DbClosedError,
     DBCompressionType,
-    IngestExternalFileOptions,
     Options,
     Rdict,
-    ReadOptions,
     SstFileWriter,
-    WriteBatch,
     WriteOptions,
 )
 
@@ -38,6 +32,7 @@ from hps_numba.errors import (
     TierUnavailableError,
 )
 from hps_numba.tiers.rocksdb_errors import NAME, tier_error
+from hps_numba.tiers.rocksdb_family import Batch, Family, call_all
 from hps_numba.tiers.rocksdb_files import remove_leftovers
 
 META_FAMILY = "hps_meta"
@@ -45,116 +40,6 @@ META_FAMILY = "hps_meta"
 _BLOOM_BITS = 10
 _BLOCK_BYTES = 16 << 10
 _MEMTABLE_BYTES = 64 << 20
-# rocksdict keeps the GIL while it fills a batch or a file, or reads on: other threads
-# get it back after this many rows, which is below one millisecond.
-_ROWS_PER_GIL = 1024
-
-
-class Family:
-    """One column family: a sorted map from bytes to bytes.
-
-    Safe for several threads. A family that was dropped stays readable as long as a
-    reader keeps this object; nothing may be written to it.
-    """
-
-    def __init__(self, db: Rdict, name: str) -> None:
-        self.name = name
-        self.handle = db.get_column_family_handle(name)
-        self._map = db.get_column_family(name)
-        self._scan_options = ReadOptions()
-        self._scan_options.fill_cache(False)
-
-    def multi_get(self, keys: list[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none."""
-        values: list[bytes | None] = self._map.get(keys)
-        return values
-
-    def get(self, key: bytes) -> bytes | None:
-        """Return the value of one key, or None."""
-        value: bytes | None = self._map.get(key)
-        return value
-
-    def scan(self, start: bytes, limit: int) -> tuple[list[bytes], list[bytes]]:
-        """Return up to ``limit`` keys from ``start`` on, in order, and their values."""
-        items = self._map.items(from_key=start, read_opt=self._scan_options)
-        keys: list[bytes] = []
-        values: list[bytes] = []
-        for pairs in _pieces(items, limit):
-            some_keys, some_values = zip(*pairs, strict=True)
-            keys += some_keys
-            values += some_values
-        if len(keys) < limit:
-            self._check_end(keys[-1] + b"\0" if keys else start)
-        return keys, values
-
-    def scan_keys(self, start: bytes, limit: int) -> list[bytes]:
-        """Return up to ``limit`` keys from ``start`` on, in order."""
-        items = self._map.keys(from_key=start, read_opt=self._scan_options)
-        keys: list[bytes] = [key for some in _pieces(items, limit) for key in some]
-        if len(keys) < limit:
-            self._check_end(keys[-1] + b"\0" if keys else start)
-        return keys
-
-    def _check_end(self, start: bytes) -> None:
-        """Raise if rows from ``start`` on cannot be read: iteration stops silently."""
-        cursor = self._map.iter(self._scan_options)
-        cursor.seek(start)
-        cursor.status()
-
-    def estimate_keys(self) -> int:
-        """Return RocksDB's estimate of the number of keys."""
-        return self._property("rocksdb.estimate-num-keys")
-
-    def estimate_bytes(self) -> int:
-        """Return the bytes of the family's files and memtables."""
-        return self._property("rocksdb.live-sst-files-size") + self._property(
-            "rocksdb.size-all-mem-tables"
-        )
-
-    def ingest(self, files: Sequence[str]) -> None:
-        """Take over sorted files, all in one step."""
-        options = IngestExternalFileOptions()
-        options.set_move_files(True)
-        self._map.ingest_external_file(list(files), options)
-
-    def close(self) -> None:
-        """Write what is in memory to files and let go of the database."""
-        self._map.close()
-        self.forget()
-
-    def forget(self) -> None:
-        """Let go of the database; a family that was dropped cannot be closed."""
-        del self.handle, self._map
-
-    def _property(self, name: str) -> int:
-        return int(self._map.property_int_value(name) or 0)
-
-
-class Batch:
-    """Writes that are applied together or not at all."""
-
-    def __init__(self) -> None:
-        self.pending = WriteBatch(raw_mode=True)
-
-    def put_all(
-        self, family: Family, keys: Sequence[bytes], values: Sequence[bytes]
-    ) -> None:
-        """Add one pair per key."""
-        self.pending.set_default_column_family(family.handle)
-        _call_all(self.pending.__setitem__, keys, values)
-
-    def delete_all(self, family: Family, keys: Sequence[bytes]) -> None:
-        """Add one removal per key."""
-        self.pending.set_default_column_family(family.handle)
-        _call_all(self.pending.__delitem__, keys)
-
-    def put(self, family: Family, key: bytes, value: bytes) -> None:
-        """Add one pair."""
-        self.pending.put(key, value, family.handle)
-
-    def delete(self, family: Family, key: bytes) -> None:
-        """Add one removal."""
-        self.pending.delete(key, family.handle)
 
 
 class RocksStore:
@@ -283,11 +168,11 @@ class RocksStore:
     def write_files(
         self,
         directory: Path,
-        pairs: Iterable[tuple[list[bytes], list[bytes]]],
+        pairs: Iterable[tuple[list[bytes], list[bytes] | None]],
         *,
         file_bytes: int,
     ) -> list[str]:
-        """Write ascending pairs to sorted files and return their paths."""
+        """Write ascending pairs, or removals, to files and return their paths."""
         files: list[str] = []
         writer = None
         for keys, values in pairs:
@@ -295,7 +180,10 @@ class RocksStore:
                 files.append(str(directory / f"{len(files):06d}.sst"))
                 writer = SstFileWriter(self._options)
                 writer.open(files[-1])
-            _call_all(writer.__setitem__, keys, values)
+            if values is None:
+                call_all(writer.__delitem__, keys)
+            else:
+                call_all(writer.__setitem__, keys, values)
             if writer.file_size() >= file_bytes:
                 writer.finish()
                 writer = None
@@ -382,19 +270,3 @@ def _options(cache_bytes: int, *, direct_reads: bool) -> Options:
     options.set_use_direct_reads(direct_reads)
     options.set_keep_log_file_num(4)
     return options
-
-
-def _pieces(items: Iterator[Any], limit: int) -> Iterator[list[Any]]:
-    """Yield the first ``limit`` items in lists."""
-    for start in range(0, limit, _ROWS_PER_GIL):
-        piece = list(islice(items, min(_ROWS_PER_GIL, limit - start)))
-        if not piece:
-            return
-        yield piece
-
-
-def _call_all(method: object, *columns: Sequence[bytes]) -> None:
-    """Call a method for each row of the columns, without a Python loop per row."""
-    for start in range(0, len(columns[0]), _ROWS_PER_GIL):
-        rows = (column[start : start + _ROWS_PER_GIL] for column in columns)
-        deque(map(method, *rows), maxlen=0)  # type: ignore[call-overload]

@@ -10,24 +10,39 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hps_numba.tiers.codec import KEY_BYTES, decode_keys, encode_keys, encode_rows
+from hps_numba.tiers.codec import KEY_BYTES, decode_keys, encode_keys
 from hps_numba.tiers.rocksdb_catalog import Catalog, Entry
+from hps_numba.tiers.rocksdb_family import Batch, Family
 from hps_numba.tiers.rocksdb_files import load_directory
-from hps_numba.tiers.rocksdb_rows import encoded, rows_of
-from hps_numba.tiers.rocksdb_store import Batch, Family, RocksStore
+from hps_numba.tiers.rocksdb_positions import (
+    is_due,
+    pair_of,
+    put_positions,
+    read_positions,
+)
+from hps_numba.tiers.rocksdb_rows import (
+    EncodedPairs,
+    encoded,
+    encoded_span,
+    fill,
+    rows_of,
+)
+from hps_numba.tiers.rocksdb_store import RocksStore
 from hps_numba.tiers.sorted_runs import check_ascending, sorted_unique
 from hps_numba.tiers.stamps import UpdateStamps
-from hps_numba.types import Keys, Mask, RowBlock, Rows, TableSpec
+from hps_numba.types import Keys, Mask, Position, RowBlock, Rows, StreamSpan, TableSpec
 
 _FILE_BYTES = 64 << 20
 # rocksdict holds the GIL while a batch is written: one to two milliseconds for these.
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 256 << 10
+_BURST_BYTES = 4 << 20
 _SCAN_ROWS = 8192
 _FIRST_KEY = bytes(KEY_BYTES)
 
@@ -75,31 +90,72 @@ class RocksTable:
         """Whether nothing was written since the last load."""
         return self._stored_epoch == self.entry.loaded_epoch
 
-    def write(
-        self,
-        keys: Keys,
-        rows: Rows | None,
-        offsets: Mapping[str, int] | None,
-    ) -> None:
+    def write(self, keys: Keys, rows: Rows | None) -> None:
         """Put or (without rows) delete keys in atomic batches, in key order."""
         order = np.argsort(keys)
-        step = self._write_rows
-        for low in range(0, max(keys.size, 1), step):
-            part = order[low : low + step]
+        for low in range(0, keys.size, self._write_rows):
+            part = order[low : low + self._write_rows]
             batch = Batch()
-            if offsets and low + step >= keys.size:
-                self._catalog.put_offsets(batch, offsets)
-            epoch = self.stamps.epoch + 1
-            if part.size:
-                self._catalog.put_epoch(batch, self.spec.tag, epoch)
-            try:
-                self._apply(
-                    batch, keys[part], None if rows is None else rows[part], self.entry
-                )
-                self._stored_epoch = epoch if part.size else self._stored_epoch
-            finally:  # a write that failed may have happened
-                with self.lock:
-                    self.stamps.commit(keys[part])
+            with self._changing(batch, keys[part]):
+                some = None if rows is None else rows[part]
+                self._apply(batch, keys[part], some, self.entry)
+
+    def apply(self, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
+        """Put or delete the keys of a span, with its position; count them."""
+        if not is_due(self.positions().get(span.partition), span, self.spec.tag):
+            return 0
+        order = np.argsort(keys)
+        n_bytes = keys.nbytes + (rows.nbytes if rows is not None else 0)
+        if n_bytes >= _BURST_BYTES:
+            self._ingest(encoded_span(keys, rows, order, span), keys)
+            return keys.size
+        batch = Batch()
+        family, entry = self._living()
+        batch.put(family, *pair_of(span.partition, span.until))
+        fill(batch, family, keys[order], None if rows is None else rows[order])
+        if not keys.size:
+            self._commit(batch, family, entry)
+            return 0
+        with self._changing(batch, keys):
+            self._commit(batch, family, entry)
+        return keys.size
+
+    def _ingest(self, pairs: EncodedPairs, keys: Keys) -> None:
+        """Take over ascending pairs of these keys as sorted files, all at once."""
+        with load_directory(self._store.path) as directory:
+            files = self._store.write_files(directory, pairs, file_bytes=_FILE_BYTES)
+            # A batch of its own, before: the files are no part of any batch.
+            batch = Batch()
+            family, entry = self._living()
+            entry = replace(entry, loaded_epoch=-1)
+            with self._changing(batch, keys):
+                self._commit(batch, family, entry, sync=entry != self.entry)
+                family.ingest(files)
+
+    def positions(self) -> dict[int, Position]:
+        """Return how far each partition of the stream was applied."""
+        return read_positions(self.family, self.spec.tag)
+
+    def seek(self, positions: Mapping[int, Position]) -> None:
+        """Set the positions of these partitions."""
+        if not positions:
+            return
+        batch = Batch()
+        family, entry = self._living()
+        put_positions(batch, family, positions)
+        self._commit(batch, family, entry)
+
+    @contextmanager
+    def _changing(self, batch: Batch, keys: Keys) -> Iterator[None]:
+        """Raise the epoch in the batch, and tell all that the keys changed."""
+        epoch = self.stamps.epoch + 1
+        self._catalog.put_epoch(batch, self.spec.tag, epoch)
+        try:
+            yield
+            self._stored_epoch = epoch
+        finally:  # a write that failed may have happened
+            with self.lock:
+                self.stamps.commit(keys)
 
     def backfill(self, keys: Keys, rows: Rows, epoch: int) -> int:
         """Put the rows whose keys did not change since ``epoch``; count them."""
@@ -124,15 +180,28 @@ class RocksTable:
         """Write the batch with these keys and this entry; then show what is new."""
         family = self.family
         if family is None and rows is not None and keys.size:
-            family = self._new_family()
-            entry = replace(entry, family=family.name, generation=entry.generation + 1)
+            family, entry = self._living(entry)
+        if family is not None:
+            fill(batch, family, keys, rows)
+        self._commit(batch, family, entry)
+
+    def _living(self, entry: Entry | None = None) -> tuple[Family, Entry]:
+        """Return the family, made now if there is none, and the entry that names it."""
+        entry = entry or self.entry
+        if self.family is not None:
+            return self.family, entry
+        family = self._new_family()
+        return family, replace(
+            entry, family=family.name, generation=entry.generation + 1
+        )
+
+    def _commit(
+        self, batch: Batch, family: Family | None, entry: Entry, *, sync: bool = False
+    ) -> None:
+        """Write the batch, and the entry if it is new; then show both."""
         if entry != self.entry:
             self._catalog.put_entry(batch, self.spec.tag, entry)
-        if family is not None and rows is None:
-            batch.delete_all(family, encode_keys(keys))
-        elif family is not None and rows is not None:
-            batch.put_all(family, encode_keys(keys), encode_rows(rows))
-        self._store.write(batch)
+        self._store.write(batch, sync=sync)
         with self.lock:
             self.entry, self.family = entry, family
 
@@ -176,15 +245,20 @@ class RocksTable:
         self, family: Family | None, fingerprint: dict[str, Any] | None
     ) -> None:
         """Make a family (none: no rows) the table, in one write, and drop the old."""
-        old, epoch = self.family, self.stamps.epoch + 1
+        old, epoch, loaded = self.family, self.stamps.epoch + 1, family is not None
+        positions = self.positions()
+        if positions and family is None:
+            family = self._new_family()
         entry = replace(
             self.entry,
             generation=self.entry.generation + (family is not None),
             family=family.name if family else None,
             fingerprint=fingerprint,
-            loaded_epoch=epoch if family else -1,
+            loaded_epoch=epoch if loaded else -1,
         )
         batch = Batch()
+        if family is not None:
+            put_positions(batch, family, positions)
         self._catalog.put_entry(batch, self.spec.tag, entry)
         self._catalog.put_epoch(batch, self.spec.tag, epoch)
         self._store.write(batch, sync=True)

@@ -3,6 +3,8 @@
 Calls are numbered from 1, and what a call does follows from its number alone, so the
 test knows what the database holds after call n. The process prints ``ready`` and then
 the number of each call that returned; it goes on where the database says it is.
+
+An update's call is a message of a stream, applied in pieces, or at once as a file.
 """
 
 from __future__ import annotations
@@ -13,32 +15,38 @@ from itertools import count
 
 import numpy as np
 
+from hps_numba.tiers import rocksdb_table
 from hps_numba.tiers.rocksdb import RocksDBTier
-from hps_numba.types import Keys, RowBlock, Rows, TableSpec
+from hps_numba.types import Keys, Position, RowBlock, Rows, StreamSpan, TableSpec
 
 SPEC = TableSpec("model", "table", 8)
-SOURCE = "topic/0"
-BATCH_ROWS = 200
-BATCHES = 5  # atomic batches of one call
+PARTITION = 3
+PIECE_ROWS = 200
+PIECES = 5  # of one call
 GROUPS = 7  # sets of keys that calls write in turn
 LOAD_ROWS = 20_000
 
 
 def open_tier(path: str) -> RocksDBTier:
-    """Open the database with small batches, so that calls have several."""
-    tier = RocksDBTier(path, max_batch_size=BATCH_ROWS, cache_bytes=1 << 20)
+    """Open the database."""
+    tier = RocksDBTier(path, cache_bytes=1 << 20)
     tier.open_table(SPEC)
     return tier
 
 
 def group_keys(group: int) -> Keys:
     """Return the keys of a group, ascending; groups interleave."""
-    return np.arange(BATCH_ROWS * BATCHES, dtype=np.int64) * GROUPS - 1000 + group
+    return np.arange(PIECE_ROWS * PIECES, dtype=np.int64) * GROUPS - 1000 + group
 
 
 def deletes(call: int) -> bool:
     """Return whether a call deletes its group instead of writing it."""
     return call % 5 == 4
+
+
+def at_once(call: int) -> bool:
+    """Return whether a call is applied as one span, large enough for a file."""
+    return call % 3 == 0
 
 
 def group_value(group: int, call: int) -> int:
@@ -63,15 +71,25 @@ def report(line: object) -> None:
     os.write(1, f"{line}\n".encode())
 
 
+def position(tier: RocksDBTier) -> Position:
+    """Return where the updates go on."""
+    return tier.positions(SPEC.tag).get(PARTITION, Position(1))
+
+
 def update(tier: RocksDBTier) -> None:
-    """Write and delete groups of keys, with the call's number as offset."""
-    for call in count(tier.offsets().get(SOURCE, 0) + 1):
+    """Write and delete groups of keys, from the stored position on."""
+    start = position(tier)
+    for call in count(start.offset):
         keys = group_keys(call % GROUPS)
-        if deletes(call):
-            tier.delete(SPEC.tag, keys, offsets={SOURCE: call})
-        else:
-            rows = rows_of(call, keys.size)
-            tier.insert(SPEC.tag, keys, rows, offsets={SOURCE: call})
+        step = keys.size if at_once(call) else PIECE_ROWS
+        for low in range(start.record, keys.size, step):
+            part = keys[low : low + step]
+            rows = None if deletes(call) else rows_of(call, part.size)
+            ends = low + step >= keys.size
+            until = Position(call + 1) if ends else Position(call, low + step)
+            span = StreamSpan(PARTITION, Position(call, low), until)
+            assert tier.apply(SPEC.tag, part, rows, span) == part.size
+        start = Position(call + 1)
         report(call)
 
 
@@ -86,6 +104,7 @@ def load(tier: RocksDBTier) -> None:
 
 
 if __name__ == "__main__":
+    rocksdb_table._BURST_BYTES = PIECE_ROWS * PIECES * 8  # of deletes, too
     writer = open_tier(sys.argv[2])
     report("ready")
     {"update": update, "load": load}[sys.argv[1]](writer)

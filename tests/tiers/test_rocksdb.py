@@ -29,10 +29,11 @@ from hps_numba.tiers.testing.suite import (
     keys_of,
     random_rows,
 )
-from hps_numba.types import RowBlock, TableSpec
+from hps_numba.types import Position, RowBlock, StreamSpan, TableSpec
 
 KEYS = np.arange(10_000, dtype=np.int64)
 KEY = keys_of(5)
+SPAN = StreamSpan(0, Position(0), Position(1))
 
 
 class InjectedError(Exception):
@@ -87,41 +88,6 @@ def fail_writes(
 
 
 # Metadata
-
-
-def test_offsets_are_stored_with_the_rows(tier: RocksDBTier) -> None:
-    assert tier.offsets() == {}
-    tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 1.0), offsets={"t/0": 7, "é/1": 0})
-    tier.delete(SPEC.tag, KEY, offsets={"t/0": 1 << 62})
-    assert tier.offsets() == {"t/0": 1 << 62, "é/1": 0}
-    assert reopened(tier).offsets() == {"t/0": 1 << 62, "é/1": 0}
-
-
-def test_many_offsets_are_read(tier: RocksDBTier) -> None:
-    offsets = {f"topic/{partition}": partition for partition in range(10_000)}
-    tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 1.0), offsets=offsets)
-    assert tier.offsets() == offsets
-
-
-def test_offsets_go_with_the_last_batch_of_a_call(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tier = opened(path, max_batch_size=100)
-    tier.insert(SPEC.tag, KEYS[:350], filled_rows(SPEC, 350, 0.0), offsets={"t": 1})
-    fail_writes(tier, monkeypatch, after=3)
-    with pytest.raises(InjectedError):
-        tier.insert(SPEC.tag, KEYS[:350], filled_rows(SPEC, 350, 1.0), offsets={"t": 2})
-    assert tier.offsets() == {"t": 1}
-    assert_rows(tier, SPEC, KEYS[:300], filled_rows(SPEC, 300, 1.0))
-    assert_rows(tier, SPEC, KEYS[300:350], filled_rows(SPEC, 50, 0.0))
-    tier.close()
-
-
-def test_offsets_without_rows_change_no_table(tier: RocksDBTier) -> None:
-    tier.load(SPEC.tag, [block(KEYS, 1.0)], fingerprint={"v": 1})
-    tier.insert(SPEC.tag, keys_of(), filled_rows(SPEC, 0, 0.0), offsets={"t": 3})
-    assert tier.offsets() == {"t": 3}
-    assert tier.untouched(SPEC.tag)
 
 
 def test_a_write_that_fails_refuses_backfills(
@@ -194,6 +160,13 @@ AFTER_LOAD: dict[str, tuple[Callable[[RocksDBTier], object], bool]] = {
     ),
     "evict absent": (lambda tier: tier.evict(SPEC.tag, KEY - 100), True),
     "second load": (lambda tier: tier.load(SPEC.tag, [block(KEYS[:9], 2.0)]), True),
+    "seek": (lambda tier: tier.seek(SPEC.tag, {0: Position(1)}), True),
+    "empty span": (lambda tier: tier.apply(SPEC.tag, KEYS[:0], None, SPAN), True),
+    "span": (
+        lambda tier: tier.apply(SPEC.tag, KEY, filled_rows(SPEC, 1, 2.0), SPAN),
+        False,
+    ),
+    "span of deletes": (lambda tier: tier.apply(SPEC.tag, KEY, None, SPAN), False),
     "insert": (lambda tier: tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 2)), False),
     "delete": (lambda tier: tier.delete(SPEC.tag, KEY), False),
     "evict": (lambda tier: tier.evict(SPEC.tag, KEY), False),
@@ -403,12 +376,13 @@ def test_threads_read_what_one_would(
 
 def test_a_read_only_tier_reads_beside_a_writer(tier: RocksDBTier) -> None:
     tier.load(SPEC.tag, [block(KEYS, 1.0)], fingerprint={"v": 1})
-    tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 2.0), offsets={"t": 3})
+    tier.insert(SPEC.tag, KEY, filled_rows(SPEC, 1, 2.0))
+    tier.seek(SPEC.tag, {0: Position(3)})
     reader = opened(tier._store.path, read_only=True)
     assert reader.read_only
     assert not tier.read_only
     assert_rows(reader, SPEC, KEY, filled_rows(SPEC, 1, 2.0))
-    assert reader.offsets() == {"t": 3}
+    assert reader.positions(SPEC.tag) == {0: Position(3)}
     assert reader.fingerprint(SPEC.tag) == {"v": 1}
     assert reader.size(SPEC.tag) == KEYS.size
     assert reader.tables("model") == ["table"]
@@ -425,6 +399,8 @@ WRITES: dict[str, Callable[[RocksDBTier], object]] = {
     "backfill": lambda tier: tier.backfill(
         SPEC.tag, KEY, filled_rows(SPEC, 1, 1.0), tier.epoch(SPEC.tag)
     ),
+    "apply": lambda tier: tier.apply(SPEC.tag, KEY, None, SPAN),
+    "seek": lambda tier: tier.seek(SPEC.tag, {0: Position(1)}),
     "drop": lambda tier: tier.drop_table(SPEC.tag),
     "create": lambda tier: tier.open_table(TableSpec("model", "new", 4)),
 }

@@ -1,4 +1,4 @@
-"""A process that is killed at any instant leaves whole batches and whole loads."""
+"""A process that is killed at any instant leaves whole spans and whole loads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rocksdict import Options, Rdict
 
 from hps_numba.tiers.rocksdb import RocksDBTier
 from hps_numba.tiers.testing.suite import fetch
+from hps_numba.types import Position
 from tests.support import kill_writer as writer
 
 pytestmark = pytest.mark.fault
@@ -37,22 +38,18 @@ def run_and_kill(mode: str, path: str, delay_s: float) -> int | None:
     return int(reports[-1]) if reports else None
 
 
-def check_updates(tier: RocksDBTier, acknowledged: int) -> int:
-    """Check every group of keys; return the last call that is stored whole."""
-    stored = tier.offsets().get(writer.SOURCE, 0)
-    assert acknowledged <= stored <= acknowledged + 1
+def check_updates(tier: RocksDBTier, acknowledged: int) -> Position:
+    """Check that every row is what the stored position says; return that."""
+    position = writer.position(tier)
+    assert acknowledged < position.offset <= acknowledged + 2
     for group in range(writer.GROUPS):
         rows, found = fetch(tier, writer.SPEC, writer.group_keys(group))
         np.testing.assert_array_equal(rows, rows[:, :1].repeat(rows.shape[1], axis=1))
-        values = np.where(found, rows[:, 0], 0).reshape(writer.BATCHES, -1)
-        np.testing.assert_array_equal(values, values[:, :1].repeat(values.shape[1], 1))
-        now = writer.group_value(group, stored)
-        after = writer.group_value(group, stored + 1)
-        batches = values[:, 0].tolist()
-        n_after = batches.index(now) if now in batches else writer.BATCHES
-        expected = [after] * n_after + [now] * (writer.BATCHES - n_after)
-        assert batches == expected, f"{group=} {stored=}"
-    return stored
+        before = writer.group_value(group, position.offset - 1)
+        expected = np.full(len(rows), before, np.float32)
+        expected[: position.record] = writer.group_value(group, position.offset)
+        np.testing.assert_array_equal(np.where(found, rows[:, 0], 0), expected)
+    return position
 
 
 def check_load(tier: RocksDBTier, acknowledged: int) -> int:
@@ -70,15 +67,18 @@ def check_load(tier: RocksDBTier, acknowledged: int) -> int:
     return stored
 
 
-def test_killed_updates_leave_whole_batches(tmp_path: Path) -> None:
+def test_killed_updates_leave_rows_and_position_together(tmp_path: Path) -> None:
     path, instants = str(tmp_path / "db"), random.Random(1)
-    stored = 0
+    stored, seen = 0, set()
     for _ in range(KILLS):
         reported = run_and_kill("update", path, instants.uniform(0, 0.1))
         tier = writer.open_tier(path)
-        stored = check_updates(tier, reported or stored)
+        position = check_updates(tier, reported or stored)
         tier.close()
+        stored = position.offset - 1
+        seen.add(position.record)
     assert stored > KILLS
+    assert len(seen) > 1  # it was killed within a message, too
 
 
 def test_a_killed_load_leaves_the_old_or_the_new_table(tmp_path: Path) -> None:

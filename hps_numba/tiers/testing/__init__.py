@@ -20,6 +20,7 @@ from hps_numba.tiers.testing.backfills import BackfillContract
 from hps_numba.tiers.testing.lasting import LastingContract
 from hps_numba.tiers.testing.machine import MachineContract
 from hps_numba.tiers.testing.races import RaceContract
+from hps_numba.tiers.testing.streams import StreamContract
 from hps_numba.tiers.testing.suite import TierSuite
 from hps_numba.tiers.testing.tables import TableContract
 from hps_numba.tiers.testing.values import ValueContract
@@ -31,7 +32,7 @@ class TierContract(
     """Every promise of ``hps_numba.tiers.base.Tier``, as tests; see ``TierSuite``."""
 
 
-class LastingTierContract(TierContract, LastingContract):
+class LastingTierContract(TierContract, LastingContract, StreamContract):
     """Every promise of ``hps_numba.tiers.base.LastingTier``, too."""
 
 
