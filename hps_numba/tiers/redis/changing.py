@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hps_numba.tiers.base import Epoch
+from hps_numba.tiers.redis.applying import Applier
 from hps_numba.tiers.redis.overflow import OverflowWorker
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.writing import Writer
-from hps_numba.types import Keys, Rows
+from hps_numba.types import Keys, Rows, StreamSpan
 
 
 class Changer:
@@ -19,6 +20,8 @@ class Changer:
     ----------
     writer
         Sends what is to be changed.
+    applier
+        Sends what the update stream brings.
     overflowing
         Removes rows of partitions that become too large.
     max_keys
@@ -26,9 +29,14 @@ class Changer:
     """
 
     def __init__(
-        self, writer: Writer, overflowing: OverflowWorker, max_keys: int
+        self,
+        writer: Writer,
+        applier: Applier,
+        overflowing: OverflowWorker,
+        max_keys: int,
     ) -> None:
         self._writer = writer
+        self._applier = applier
         self._overflowing = overflowing
         self._max_keys = max_keys
 
@@ -38,6 +46,16 @@ class Changer:
             try:
                 return self._writer.update(table, keys, rows)
             finally:  # a write that failed may have happened
+                table.stamps.commit(keys)
+
+    def apply(
+        self, table: RedisTable, keys: Keys, rows: Rows | None, span: StreamSpan
+    ) -> int:
+        """Write a span of the update stream; count the keys that were written."""
+        with self._relieving(table), table.lock:
+            try:
+                return self._applier.apply(table, keys, rows, span)
+            finally:
                 table.stamps.commit(keys)
 
     def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:

@@ -11,6 +11,8 @@ rows      ``hps_et{T/p<p>}`` + key, each a       ``hps_et{T/p<p>}v``: a hash fro
 use       ``hps_et{T/p<p>}t``: a hash from key to time or number of uses; kept only
           where overflow handling needs it
 stamps    ``hps_et{T/p<p>}s``: a hash, see ``scripts``
+stream    ``hps_et{T/p<p>}o``: a hash from partition of the table's update stream to how
+          far it was applied, see ``stream_scripts``
 ========= ====================================== =======================================
 
 A key is 8 raw bytes, little-endian; a row is its raw values.
@@ -97,6 +99,10 @@ class Layout:
         """Return the key of a partition's update stamps."""
         return self.prefixes[partition] + b"s"
 
+    def stream_key(self, partition: int) -> bytes:
+        """Return the key of a partition's positions in the update stream."""
+        return self.prefixes[partition] + b"o"
+
     def row_key(self, partition: int, key: bytes) -> bytes:
         """Return the name of one row in the layout ``strings``."""
         return self.prefixes[partition] + key
@@ -163,8 +169,13 @@ def _argument(value: bytes) -> bytes:
 
 def pack(*arguments: bytes | str | int) -> bytes:
     """Return a command as bytes."""
-    given = [a if isinstance(a, bytes) else str(a).encode() for a in arguments]
-    return b"*%d\r\n" % len(given) + b"".join(map(_argument, given))
+    return b"*%d\r\n" % len(arguments) + pack_arguments(*arguments)
+
+
+def pack_arguments(*arguments: bytes | str | int) -> bytes:
+    """Return arguments as bytes, without how many they are."""
+    given = (a if isinstance(a, bytes) else str(a).encode() for a in arguments)
+    return b"".join(map(_argument, given))
 
 
 def _array(text: bytes) -> Bytes:

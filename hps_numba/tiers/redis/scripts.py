@@ -27,7 +27,7 @@ N_BUCKETS = 1024  # per partition
 
 LEASE_US = 30_000_000
 
-_HEAD = """
+HEAD = """
 local function now()
   local t = redis.call('TIME')
   return tonumber(t[1]) * 1000000 + tonumber(t[2])
@@ -39,10 +39,23 @@ local function restart(key, last)
   redis.call('HSET', key, 'epoch', text(epoch), 'all', text(epoch))
   return epoch
 end
+local function stamp(key, buckets)
+  local last = number(redis.call('HGET', key, 'epoch'))
+  if last == 0 then restart(key, 0) end
+  local epoch = math.max(now(), last + 1)
+  local given = {'epoch', text(epoch)}
+  if buckets == '' then given[3], given[4] = 'all', given[2] end
+  for i = 1, #buckets, 2 do
+    given[#given + 1] = string.sub(buckets, i, i + 1)
+    given[#given + 1] = given[2]
+  end
+  redis.call('HSET', key, unpack(given))
+  return epoch
+end
 """
 
 OPEN = (
-    _HEAD
+    HEAD
     + """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
 return epoch or text(restart(KEYS[1], 0))
@@ -51,30 +64,16 @@ return epoch or text(restart(KEYS[1], 0))
 """Return a partition's number; begin one if there is none."""
 
 STAMP = (
-    _HEAD
+    HEAD
     + """
-local last = number(redis.call('HGET', KEYS[1], 'epoch'))
-if last == 0 then restart(KEYS[1], 0) end
-local epoch = math.max(now(), last + 1)
-local buckets, lease, lease_us = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local stamp = text(epoch)
-redis.call('HSET', KEYS[1], 'epoch', stamp)
+local epoch = stamp(KEYS[1], ARGV[1])
+local lease, lease_us = ARGV[2], tonumber(ARGV[3])
 if lease_us > 0 then
   redis.call('HSET', KEYS[1], lease, text(epoch + lease_us))
 elseif lease ~= '' then
   redis.call('HDEL', KEYS[1], lease)
 end
-if buckets == '' then
-  redis.call('HSET', KEYS[1], 'all', stamp)
-else
-  local given = {}
-  for i = 1, #buckets, 2 do
-    given[#given + 1] = string.sub(buckets, i, i + 1)
-    given[#given + 1] = stamp
-  end
-  redis.call('HSET', KEYS[1], unpack(given))
-end
-return stamp
+return text(epoch)
 """
 )
 """Stamp keys as written, and return the partition's new number.
@@ -84,7 +83,7 @@ end it.
 """
 
 BACKFILL = (
-    _HEAD
+    HEAD
     + """
 local token, row_bytes, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local keys, buckets, rows, use = ARGV[4], ARGV[5], ARGV[6], ARGV[7]

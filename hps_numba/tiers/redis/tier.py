@@ -24,6 +24,7 @@ from hps_numba.tiers.arguments import check_keys, check_output, check_rows, for_
 from hps_numba.tiers.base import Epoch, LastingTier, TierStats
 from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis import scanning
+from hps_numba.tiers.redis.applying import Applier
 from hps_numba.tiers.redis.changing import Changer
 from hps_numba.tiers.redis.client import RedisOptions, connect
 from hps_numba.tiers.redis.errors import map_exceptions
@@ -41,7 +42,16 @@ from hps_numba.tiers.redis.sizes import row_bytes
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.tiers.redis.writing import Writer
-from hps_numba.types import Keys, Mask, Progress, RowBlock, Rows, TableSpec
+from hps_numba.types import (
+    Keys,
+    Mask,
+    Position,
+    Progress,
+    RowBlock,
+    Rows,
+    StreamSpan,
+    TableSpec,
+)
 
 
 class RedisTier(LastingTier):
@@ -106,7 +116,9 @@ class RedisTier(LastingTier):
         evictor = Evictor(self._topology, self._health, exchange)
         self._overflowing = OverflowWorker(evictor)
         writer = Writer(self._topology, self._health, exchange)
-        self._changer = Changer(writer, self._overflowing, max_batch_size)
+        self._applier = Applier(self._topology, writer)
+        changer = Changer(writer, self._applier, self._overflowing, max_batch_size)
+        self._changer = changer
         self._lock = threading.Lock()
         self._tables: dict[str, RedisTable] = {}  # written under _lock
         self._closed = False
@@ -160,6 +172,31 @@ class RedisTier(LastingTier):
         with self._using(tag) as table:
             check_keys(table.spec, keys)
             return self._changer.update(table, keys, None)
+
+    def apply(self, tag: str, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
+        """Write what a span of the update stream brings, partition by partition.
+
+        Any number of servers may apply one stream, each in spans of its own.
+        """
+        with self._using(tag) as table:
+            if rows is None:
+                check_keys(table.spec, keys)
+            else:
+                check_rows(table.spec, keys, rows)
+            return self._changer.apply(table, keys, rows, span)
+
+    def positions(self, tag: str) -> dict[int, Position]:
+        """Return how far all partitions of the table followed each of the stream.
+
+        One whose server lost its data begins anywhere and is not counted.
+        """
+        with self._using(tag) as table:
+            return self._applier.positions(table)
+
+    def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Set positions for all servers."""
+        with self._using(tag) as table:
+            self._applier.seek(table, positions)
 
     def load(
         self,
@@ -304,8 +341,8 @@ class RedisTier(LastingTier):
         layout = table.layout
         with map_exceptions(tag):
             for p in range(layout.n_partitions):
-                for key in (layout.stamps_key(p), layout.uses_key(p)):
-                    self._topology.client.delete(key)
+                for name in (layout.stamps_key, layout.uses_key, layout.stream_key):
+                    self._topology.client.delete(name(p))
 
     def close(self) -> None:
         """Release all connections; those that are in use when they are given back."""

@@ -56,7 +56,7 @@ class Writer:
         TierError
             If not all were written.
         """
-        work = _work(table, keys, rows)
+        work = work_on(table, keys, rows)
         removed = 0
 
         def settle(unit: Unit) -> None:
@@ -77,12 +77,12 @@ class Writer:
             table.see_locked(unit.partition, done.number)
             removed += done.removed
 
-        self._run(work, self._updates(work), settle, follow, confirmed=True)
+        self.run(work, self._updates(work), settle, follow, confirmed=True)
         return removed
 
     def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:
         """Put rows without stamps, for a load."""
-        work = _work(table, keys, rows)
+        work = work_on(table, keys, rows)
 
         def settle(unit: Unit) -> None:
             if table.limited:
@@ -92,11 +92,11 @@ class Writer:
         def follow(unit: Unit) -> None:
             self._follow(work, unit)
 
-        self._run(work, Bodies(work).unit, settle, follow, confirmed=True)
+        self.run(work, Bodies(work).unit, settle, follow, confirmed=True)
 
     def evict(self, table: RedisTable, keys: Keys) -> int:
         """Delete rows without stamps; return how many there were."""
-        work = _work(table, keys, None)
+        work = work_on(table, keys, None)
         removed = 0
 
         def settle(unit: Unit) -> None:
@@ -108,7 +108,7 @@ class Writer:
             nonlocal removed
             removed += self._follow(work, unit).removed
 
-        self._run(work, Bodies(work).unit, settle, follow)
+        self.run(work, Bodies(work).unit, settle, follow)
         return removed
 
     def stamp_all(self, table: RedisTable, lease_us: int) -> None:
@@ -132,14 +132,14 @@ class Writer:
             table.see_locked(unit.partition, int(number))
 
         none = np.zeros(0, np.int64)
-        work = Work(table, none, None, none, np.arange(n + 1, dtype=np.int64))
-        self._run(work, build, settle, follow, confirmed=True)
+        work = Work(table, none, None, none, np.zeros(n + 1, np.int64), whole=True)
+        self.run(work, build, settle, follow, confirmed=True)
 
     def backfill(
         self, table: RedisTable, keys: Keys, rows: Rows, numbers: tuple[int, ...]
     ) -> int:
         """Put rows whose keys were not stamped since ``numbers``; count them."""
-        work = _work(table, keys, rows)
+        work = work_on(table, keys, rows)
         layout, stored = table.layout, 0
         use = table.use()
 
@@ -175,7 +175,7 @@ class Writer:
 
         # In a slot that is being moved nothing is backfilled: rows and stamps may be
         # on different servers.
-        self._run(work, build, settle, lambda _: None)
+        self.run(work, build, settle, lambda _: None)
         return stored
 
     def _updates(self, work: Work) -> Callable[[Piece], Unit]:
@@ -201,7 +201,7 @@ class Writer:
             self._topology.client, work.table, unit.partition, work.keys[part], rows
         )
 
-    def _run(
+    def run(
         self,
         work: Work,
         build: Callable[[Piece], Unit],
@@ -254,10 +254,13 @@ class Writer:
         return tier_error(error, unit.node, table.spec.tag)
 
 
-def _work(table: RedisTable, keys: Keys, rows: Rows | None) -> Work:
+def work_on(
+    table: RedisTable, keys: Keys, rows: Rows | None, *, whole: bool = False
+) -> Work:
+    """Group keys by partition."""
     order, bounds = table.grouped(keys)
     given = None if rows is None else for_kernel(rows).view(np.uint8)
-    return Work(table, for_kernel(keys), given, order, bounds)
+    return Work(table, for_kernel(keys), given, order, bounds, whole)
 
 
 def _settled(unit: Unit, settle: Callable[[Unit], None]) -> Exception | None:

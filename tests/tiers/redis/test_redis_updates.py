@@ -311,7 +311,7 @@ def test_a_planted_fault_is_seen(
         ),
         pytest.param(
             Case(lookup_update_loss_of_stamps_and_update),
-            Script(writing, "STAMP", "if last == 0 then restart(KEYS[1], 0) end", ""),
+            Script(writing, "STAMP", "if last == 0 then restart(key, 0) end", ""),
             id="lost stamps are begun anew without a floor",
         ),
     ],

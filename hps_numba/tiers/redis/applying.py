@@ -1,0 +1,139 @@
+"""Writing spans of the update stream: one script for each partition of a table.
+
+A span goes to every partition, though it bring no rows there, so that all follow the
+stream alike. A script has all rows of its partition, however many: with some of them at
+``span.until`` and the position at ``span.since``, another server's shorter span would
+be admitted and bring rows back that are older.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hps_numba.errors import StreamGapError, TierUnavailableError
+from hps_numba.tiers.redis.bodies import Bodies, Piece
+from hps_numba.tiers.redis.errors import map_exceptions
+from hps_numba.tiers.redis.exchange import Unit
+from hps_numba.tiers.redis.stream_scripts import APPLY, GAP, WRITTEN
+from hps_numba.tiers.redis.table import RedisTable, buckets_to_stamp
+from hps_numba.tiers.redis.topology import Topology
+from hps_numba.tiers.redis.writing import Writer, work_on
+from hps_numba.types import Keys, Position, Rows, StreamSpan
+
+
+class Applier:
+    """Applies the update stream to tables, whose locks the callers hold.
+
+    Parameters
+    ----------
+    topology
+        Which server has what.
+    writer
+        Sends scripts.
+    """
+
+    def __init__(self, topology: Topology, writer: Writer) -> None:
+        self._topology = topology
+        self._writer = writer
+
+    def apply(
+        self, table: RedisTable, keys: Keys, rows: Rows | None, span: StreamSpan
+    ) -> int:
+        """Write a span to all partitions; count the keys that were written.
+
+        Raises
+        ------
+        StreamGapError
+            If a partition lacks records before the span; the others were written.
+        TierError
+            If not all answered.
+        """
+        work = work_on(table, keys, rows, whole=True)
+        layout, bodies = table.layout, Bodies(work)
+        use = table.use()
+        counts = table.limited and rows is not None
+        written = 0
+        lacking: list[Position] = []
+
+        def build(piece: Piece) -> Unit:
+            p, low, high = piece
+            names = [layout.stamps_key(p), layout.stream_key(p), layout.rows_key(p)]
+            names += [layout.uses_key(p)] if use is not None else []
+            command = bodies.command(
+                piece,
+                b"EVAL",
+                APPLY,
+                len(names),
+                *names,
+                span.partition,
+                str(span.since),
+                str(span.until),
+                buckets_to_stamp(work.keys[work.order[low:high]]),
+                b"drop" if rows is None else b"put",
+                b"" if layout.has_hashes else layout.prefixes[p],
+                use or b"",
+                int(counts),
+            )
+            return Unit(p, [command], 1, low, high)
+
+        def settle(unit: Unit) -> None:
+            nonlocal written
+            done, number, n_rows, stored = unit.replies[0]
+            positions = parse(stored)
+            table.see_locked(unit.partition, int(number))
+            if done == WRITTEN:
+                written += unit.high - unit.low
+                if counts:
+                    table.see_rows_locked(unit.partition, n_rows, unit.high - unit.low)
+            elif done == GAP:
+                lacking.append(positions[span.partition])
+
+        def follow(unit: Unit) -> None:
+            raise TierUnavailableError(
+                f"partition {unit.partition} is on its way to another server, and no "
+                f"script has all its keys; write the span again",
+                tier="redis",
+                tag=table.spec.tag,
+            )
+
+        self._writer.run(work, build, settle, follow, confirmed=True)
+        if lacking:
+            raise _gap(table, span, min(lacking))
+        return written
+
+    def positions(self, table: RedisTable) -> dict[int, Position]:
+        """Return the least of what the partitions have."""
+        layout, least = table.layout, dict[int, Position]()
+        with map_exceptions(table.spec.tag):
+            for p in range(layout.n_partitions):
+                stored: Any = self._topology.client.hgetall(layout.stream_key(p))
+                for name, value in stored.items():
+                    partition, position = int(name), Position.parse(value.decode())
+                    least[partition] = min(position, least.get(partition, position))
+        return least
+
+    def seek(self, table: RedisTable, positions: Mapping[int, Position]) -> None:
+        """Set positions in all partitions."""
+        if not positions:
+            return
+        given: dict[Any, Any] = {p: str(at) for p, at in positions.items()}
+        layout = table.layout
+        with map_exceptions(table.spec.tag):
+            for p in range(layout.n_partitions):
+                self._topology.client.hset(layout.stream_key(p), mapping=given)
+
+
+def parse(stored: list[bytes]) -> dict[int, Position]:
+    """Return positions from names and values of a hash."""
+    pairs = zip(stored[::2], stored[1::2], strict=True)
+    return {int(name): Position.parse(value.decode()) for name, value in pairs}
+
+
+def _gap(table: RedisTable, span: StreamSpan, known: Position) -> StreamGapError:
+    return StreamGapError(
+        f"table {table.spec.tag} in Redis has the stream's partition {span.partition} "
+        f"up to {known}; records from there to {span.since} are missing",
+        offset=known.offset,
+        record=known.record,
+    )
