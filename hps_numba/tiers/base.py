@@ -305,6 +305,15 @@ class LastingTier(Tier):
     def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
         """Set positions, forwards or backwards; rows stay as they are."""
 
+    def lower_positions(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Note how far the tier below has the table's update stream.
+
+        To be called when the table was opened and is about to follow the stream; from
+        then on ``apply`` and ``seek`` tell. A tier that several processes share takes
+        backfills only from those whose tier below lacks nothing that it has itself.
+        """
+        return  # a tier of one process is never ahead of what backfills it
+
     def loading(self, tag: str) -> AbstractContextManager[None]:
         """Keep other processes from loading the table while the context lasts.
 

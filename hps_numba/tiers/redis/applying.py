@@ -15,8 +15,9 @@ from hps_numba.errors import StreamGapError, TierUnavailableError
 from hps_numba.tiers.redis.bodies import Bodies, Piece
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.exchange import Unit
-from hps_numba.tiers.redis.stream_scripts import APPLY, GAP, WRITTEN
+from hps_numba.tiers.redis.stream_scripts import APPLY, GAP, SEEK, WRITTEN
 from hps_numba.tiers.redis.table import RedisTable, buckets_to_stamp
+from hps_numba.tiers.redis.tokens import At, parsed
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.tiers.redis.writing import Writer, work_on
 from hps_numba.types import Keys, Position, Rows, StreamSpan
@@ -58,7 +59,7 @@ class Applier:
 
         def build(piece: Piece) -> Unit:
             p, low, high = piece
-            names = [layout.stamps_key(p), layout.stream_key(p), layout.rows_key(p)]
+            names = [layout.stamps_key(p), layout.rows_key(p)]
             names += [layout.uses_key(p)] if use is not None else []
             command = bodies.command(
                 piece,
@@ -79,15 +80,14 @@ class Applier:
 
         def settle(unit: Unit) -> None:
             nonlocal written
-            done, number, n_rows, stored = unit.replies[0]
-            positions = parse(stored)
-            table.see_locked(unit.partition, int(number))
+            done, seen, n_rows = unit.replies[0]
+            table.see_locked(unit.partition, seen)
             if done == WRITTEN:
                 written += unit.high - unit.low
                 if counts:
                     table.see_rows_locked(unit.partition, n_rows, unit.high - unit.low)
             elif done == GAP:
-                lacking.append(positions[span.partition])
+                lacking.append(Position(*parsed(seen[1])[span.partition]))
 
         def follow(unit: Unit) -> None:
             raise TierUnavailableError(
@@ -97,6 +97,8 @@ class Applier:
                 tag=table.spec.tag,
             )
 
+        # The caller has written the tiers below.
+        table.tokens.reach(span.partition, span.until)
         self._writer.run(work, build, settle, follow, confirmed=True)
         if lacking:
             raise _gap(table, span, min(lacking))
@@ -104,30 +106,23 @@ class Applier:
 
     def positions(self, table: RedisTable) -> dict[int, Position]:
         """Return the least of what the partitions have."""
-        layout, least = table.layout, dict[int, Position]()
+        layout, least = table.layout, dict[int, At]()
         with map_exceptions(table.spec.tag):
             for p in range(layout.n_partitions):
-                stored: Any = self._topology.client.hgetall(layout.stream_key(p))
-                for name, value in stored.items():
-                    partition, position = int(name), Position.parse(value.decode())
-                    least[partition] = min(position, least.get(partition, position))
-        return least
+                text: Any = self._topology.client.hget(layout.stamps_key(p), "stream")
+                for partition, at in parsed(text or b"").items():
+                    least[partition] = min(at, least.get(partition, at))
+        return {partition: Position(*at) for partition, at in least.items()}
 
     def seek(self, table: RedisTable, positions: Mapping[int, Position]) -> None:
         """Set positions in all partitions."""
         if not positions:
             return
-        given: dict[Any, Any] = {p: str(at) for p, at in positions.items()}
-        layout = table.layout
+        given = [str(word) for pair in positions.items() for word in pair]
+        table.tokens.seek(positions)
         with map_exceptions(table.spec.tag):
-            for p in range(layout.n_partitions):
-                self._topology.client.hset(layout.stream_key(p), mapping=given)
-
-
-def parse(stored: list[bytes]) -> dict[int, Position]:
-    """Return positions from names and values of a hash."""
-    pairs = zip(stored[::2], stored[1::2], strict=True)
-    return {int(name): Position.parse(value.decode()) for name, value in pairs}
+            for p in range(table.layout.n_partitions):
+                self._topology.client.eval(SEEK, 1, table.layout.stamps_key(p), *given)
 
 
 def _gap(table: RedisTable, span: StreamSpan, known: Position) -> StreamGapError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from hps_numba.tiers.base import Epoch
@@ -10,7 +10,7 @@ from hps_numba.tiers.redis.applying import Applier
 from hps_numba.tiers.redis.overflow import OverflowWorker
 from hps_numba.tiers.redis.table import RedisTable
 from hps_numba.tiers.redis.writing import Writer
-from hps_numba.types import Keys, Rows, StreamSpan
+from hps_numba.types import Keys, Position, Rows, StreamSpan
 
 
 class Changer:
@@ -57,6 +57,11 @@ class Changer:
                 return self._applier.apply(table, keys, rows, span)
             finally:
                 table.stamps.commit(keys)
+
+    def seek(self, table: RedisTable, positions: Mapping[int, Position]) -> None:
+        """Set positions in the update stream, for all servers."""
+        with table.lock:
+            self._applier.seek(table, positions)
 
     def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:
         """Put rows of a load, whose lease refuses backfills."""

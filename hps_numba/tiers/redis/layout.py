@@ -11,8 +11,6 @@ rows      ``hps_et{T/p<p>}`` + key, each a       ``hps_et{T/p<p>}v``: a hash fro
 use       ``hps_et{T/p<p>}t``: a hash from key to time or number of uses; kept only
           where overflow handling needs it
 stamps    ``hps_et{T/p<p>}s``: a hash, see ``scripts``
-stream    ``hps_et{T/p<p>}o``: a hash from partition of the table's update stream to how
-          far it was applied, see ``stream_scripts``
 ========= ====================================== =======================================
 
 A key is 8 raw bytes, little-endian; a row is its raw values.
@@ -98,10 +96,6 @@ class Layout:
     def stamps_key(self, partition: int) -> bytes:
         """Return the key of a partition's update stamps."""
         return self.prefixes[partition] + b"s"
-
-    def stream_key(self, partition: int) -> bytes:
-        """Return the key of a partition's positions in the update stream."""
-        return self.prefixes[partition] + b"o"
 
     def row_key(self, partition: int, key: bytes) -> bytes:
         """Return the name of one row in the layout ``strings``."""

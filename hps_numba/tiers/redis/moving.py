@@ -14,15 +14,15 @@ import redis
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.layout import KEY_BYTES, Bytes
 from hps_numba.tiers.redis.scripts import LEASE_US, STAMP
-from hps_numba.tiers.redis.table import RedisTable, buckets_to_stamp
+from hps_numba.tiers.redis.table import RedisTable, Seen, buckets_to_stamp
 from hps_numba.types import Keys
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What was written: the partition's new number, and how many were deleted."""
+    """What was written: what was seen of the partition, and how many were deleted."""
 
-    number: int
+    seen: Seen
     removed: int
 
 
@@ -55,8 +55,8 @@ def write_moving(
                 partition,
                 dict(zip(names, map(bytes, rows), strict=True)),
             )
-        number = int(client.eval(STAMP, 1, stamps, buckets, b"", 0))
-    return Moved(number, removed)
+        seen: Seen = client.eval(STAMP, 1, stamps, buckets, b"", 0)
+    return Moved(seen, removed)
 
 
 def _put(

@@ -9,11 +9,14 @@ twice, as long as its clock is behind by less than taking over takes.
 
 Invariant: a row and the stamp of its bucket change in one transaction.
 
-A server remembers the ``epoch`` of each partition from the replies to its own writes.
-A lookup takes these numbers before it reads a lower tier; the rows it found there are
-stored by a script that skips every key whose stamp is larger. Numbers that are out of
-date only refuse more. Stamps that are gone, because memory was short or a replica
-without them took over, refuse all numbers of before.
+The same hash has in ``stream`` how far the rows follow the table's update stream, see
+``stream_scripts``: `` <partition>=<offset>:<record>`` of each of its partitions.
+
+A server remembers the ``epoch`` of each partition from the replies to its own writes,
+as far as ``tokens`` allows. A lookup takes these numbers before it reads a lower tier;
+the rows it found there are stored by a script that skips every key whose stamp is
+larger. Numbers that are out of date only refuse more. Stamps that are gone, because
+memory was short or a replica without them took over, refuse all numbers of before.
 
 While a writer cannot change rows and stamps in one transaction, a *lease*, a floor in
 the future, refuses every backfill. A load has one in ``loading`` and ends it. Writers
@@ -34,6 +37,9 @@ local function now()
 end
 local function text(number) return string.format('%.0f', number) end
 local function number(value) return tonumber(value or 0) end
+local function seen(key, epoch)
+  return {text(epoch), redis.call('HGET', key, 'stream') or ''}
+end
 local function restart(key, last)
   local epoch = math.max(now(), last + 1)
   redis.call('HSET', key, 'epoch', text(epoch), 'all', text(epoch))
@@ -57,11 +63,12 @@ end
 OPEN = (
     HEAD
     + """
-local epoch = redis.call('HGET', KEYS[1], 'epoch')
-return epoch or text(restart(KEYS[1], 0))
+local epoch = number(redis.call('HGET', KEYS[1], 'epoch'))
+if epoch == 0 then epoch = restart(KEYS[1], 0) end
+return seen(KEYS[1], epoch)
 """
 )
-"""Return a partition's number; begin one if there is none."""
+"""Return what is seen of a partition: its number, begun if need be, and positions."""
 
 STAMP = (
     HEAD
@@ -73,10 +80,10 @@ if lease_us > 0 then
 elseif lease ~= '' then
   redis.call('HDEL', KEYS[1], lease)
 end
-return text(epoch)
+return seen(KEYS[1], epoch)
 """
 )
-"""Stamp keys as written, and return the partition's new number.
+"""Stamp keys as written, and return what is seen of the partition then.
 
 ARGV: buckets (none: all keys), and the name of a lease (empty: none) with its us, 0 to
 end it.
@@ -89,7 +96,7 @@ local token, row_bytes, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local keys, buckets, rows, use = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local last = number(redis.call('HGET', KEYS[1], 'epoch'))
 if last < token or last == 0 then
-  return {0, text(restart(KEYS[1], math.max(last, token)))}
+  return {0, seen(KEYS[1], restart(KEYS[1], math.max(last, token)))}
 end
 local floors = redis.call('HMGET', KEYS[1], 'all', 'loading', 'moving')
 local floor = math.max(number(floors[1]), number(floors[2]), number(floors[3]))
@@ -98,7 +105,7 @@ if floor > token then
     last = now()
     redis.call('HSET', KEYS[1], 'epoch', text(last))
   end
-  return {0, text(last)}
+  return {0, seen(KEYS[1], last)}
 end
 local fields = {}
 for i = 1, #buckets, 2 do fields[#fields + 1] = string.sub(buckets, i, i + 1) end
@@ -113,7 +120,7 @@ for i = 1, #fields do
     uses[#uses + 1] = use
   end
 end
-if #values == 0 then return {0, text(last)} end
+if #values == 0 then return {0, seen(KEYS[1], last)} end
 if prefix == '' then
   redis.call('HSET', KEYS[2], unpack(values))
 else
@@ -124,15 +131,15 @@ if KEYS[3] and use == '0' then
 elseif KEYS[3] then
   redis.call('HSET', KEYS[3], unpack(uses))
 end
-return {#values / 2, text(last)}
+return {#values / 2, seen(KEYS[1], last)}
 """
 )
 """Store rows whose keys were not written since ``token``.
 
 KEYS: stamps; rows (any key of the slot, if rows are strings); and, if uses are noted,
 their hash. ARGV: token, bytes of a row, prefix of row keys (empty if rows are fields),
-keys, buckets, rows, and the use to note. Returns how many were stored, and the
-partition's number.
+keys, buckets, rows, and the use to note. Returns how many were stored, and
+what is seen of the partition.
 """
 
 SWAP = """

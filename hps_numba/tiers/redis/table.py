@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from time import time
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,12 @@ from hps_numba.kernels.host.hashing import group_by_partition
 from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis.layout import Bytes, Layout, Numbers
 from hps_numba.tiers.redis.scripts import N_BUCKETS
+from hps_numba.tiers.redis.tokens import Tokens, parsed
 from hps_numba.tiers.stamps import UpdateStamps
 from hps_numba.types import Keys, OverflowPolicy, TableSpec
+
+Seen: TypeAlias = Sequence[bytes]
+"""What a script tells of a partition: its number, and positions in the stream."""
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _BUCKET_BITS = N_BUCKETS.bit_length() - 1
@@ -29,14 +35,14 @@ class RedisTable:
         Where the table lies.
     slots
         The slot of each partition.
-    numbers
-        Each partition's update number, as the server gave it.
+    seen
+        Each partition's update number and positions, as the server gave them.
     overflow
         What full partitions do.
     """
 
     def __init__(
-        self, layout: Layout, slots: list[int], numbers: list[int], overflow: Overflow
+        self, layout: Layout, slots: list[int], seen: list[Seen], overflow: Overflow
     ) -> None:
         self.layout = layout
         self.overflow = overflow
@@ -44,12 +50,14 @@ class RedisTable:
         self.lock = threading.Lock()
         self.load_lock = threading.Lock()  # one load at a time; taken before lock
         self.stamps = UpdateStamps()  # guarded by lock
-        self._numbers = numbers  # guarded by lock
+        self.tokens = Tokens(layout.n_partitions)  # guarded by lock
         self.refused_backfills = 0  # guarded by lock
         self.evictions = 0  # guarded by lock
         self.rows = 0  # when they were last counted
         self.cursors: dict[int, bytes] = {}  # of samples of rows; guarded by lock
         self._too_large: dict[int, int] = {}  # guarded by lock
+        for partition, what in enumerate(seen):
+            self.see_locked(partition, what)
 
     @property
     def spec(self) -> TableSpec:
@@ -58,8 +66,8 @@ class RedisTable:
 
     @property
     def epoch(self) -> tuple[int, ...]:
-        """The epoch of this process, and each partition's number as last seen."""
-        return (self.stamps.epoch, *self._numbers)
+        """The epoch of this process, and each partition's token."""
+        return (self.stamps.epoch, *self.tokens.all())
 
     def held(self, keys: Keys | None) -> AbstractContextManager[None]:
         """Refuse backfills of keys (of all, if None) while the context lasts."""
@@ -103,9 +111,10 @@ class RedisTable:
         # Strings are not counted by partition but by what is noted of them.
         return b"0" if limited and not self.layout.has_hashes else None
 
-    def see_locked(self, partition: int, number: int) -> None:
-        """Note a partition's update number; they only grow."""
-        self._numbers[partition] = max(self._numbers[partition], number)
+    def see_locked(self, partition: int, seen: Seen) -> None:
+        """Note a partition's number and positions, as a script returned them."""
+        number, stream = seen
+        self.tokens.see(partition, int(number), parsed(stream))
 
     def see_rows_locked(self, partition: int, n_rows: int, brought: int) -> None:
         """Note how many rows a partition has after a write that brought some."""

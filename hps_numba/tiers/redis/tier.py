@@ -130,11 +130,11 @@ class RedisTier(LastingTier):
         self._registry.add(layout)
         keys = [layout.stamps_key(p) for p in range(layout.n_partitions)]
         with map_exceptions(spec.tag):
-            numbers = [int(self._topology.client.eval(OPEN, 1, key)) for key in keys]
+            seen: list[Any] = [self._topology.client.eval(OPEN, 1, key) for key in keys]
         slots = [self._topology.slot(key) for key in keys]
         with self._lock:
             if spec.tag not in self._tables:
-                table = RedisTable(layout, slots, numbers, self._overflow)
+                table = RedisTable(layout, slots, seen, self._overflow)
                 self._tables[spec.tag] = table
 
     def fetch(
@@ -174,10 +174,7 @@ class RedisTier(LastingTier):
             return self._changer.update(table, keys, None)
 
     def apply(self, tag: str, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
-        """Write what a span of the update stream brings, partition by partition.
-
-        Any number of servers may apply one stream, each in spans of its own.
-        """
+        """Write a span, partition by partition; any number of servers may do so."""
         with self._using(tag) as table:
             if rows is None:
                 check_keys(table.spec, keys)
@@ -186,17 +183,20 @@ class RedisTier(LastingTier):
             return self._changer.apply(table, keys, rows, span)
 
     def positions(self, tag: str) -> dict[int, Position]:
-        """Return how far all partitions of the table followed each of the stream.
-
-        One whose server lost its data begins anywhere and is not counted.
-        """
+        """Return the least of the table's partitions; one without data has none."""
         with self._using(tag) as table:
             return self._applier.positions(table)
 
     def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
         """Set positions for all servers."""
         with self._using(tag) as table:
-            self._applier.seek(table, positions)
+            self._changer.seek(table, positions)
+
+    def lower_positions(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Note where the tier below is in the update stream."""
+        table = self._table(tag)
+        with table.lock:
+            table.tokens.seek(positions)
 
     def load(
         self,
@@ -341,8 +341,8 @@ class RedisTier(LastingTier):
         layout = table.layout
         with map_exceptions(tag):
             for p in range(layout.n_partitions):
-                for name in (layout.stamps_key, layout.uses_key, layout.stream_key):
-                    self._topology.client.delete(name(p))
+                for key in (layout.stamps_key(p), layout.uses_key(p)):
+                    self._topology.client.delete(key)
 
     def close(self) -> None:
         """Release all connections; those that are in use when they are given back."""

@@ -22,7 +22,7 @@ from hps_numba.tiers.redis.layout import pack
 from hps_numba.tiers.redis.moving import Moved, write_moving
 from hps_numba.tiers.redis.replies import Fate, fate_of, first_error, tier_error
 from hps_numba.tiers.redis.scripts import BACKFILL, STAMP
-from hps_numba.tiers.redis.table import RedisTable, buckets_of, buckets_to_stamp
+from hps_numba.tiers.redis.table import RedisTable, Seen, buckets_of, buckets_to_stamp
 from hps_numba.tiers.redis.topology import Topology
 from hps_numba.types import Keys, Rows
 
@@ -64,8 +64,8 @@ class Writer:
             done = unit.replies[-1]
             if not isinstance(done, list) or len(done) != unit.n_replies - 2:
                 raise ValueError("EXEC did not answer for each command")
-            number, *counts = done
-            table.see_locked(unit.partition, int(number))
+            seen, *counts = done
+            table.see_locked(unit.partition, seen)
             n_deleting = -(-(unit.high - unit.low) // KEYS_PER_COMMAND)
             removed += sum(counts[:n_deleting]) if rows is None else 0
             if rows is not None and table.limited:
@@ -74,7 +74,7 @@ class Writer:
         def follow(unit: Unit) -> None:
             nonlocal removed
             done = self._follow(work, unit)
-            table.see_locked(unit.partition, done.number)
+            table.see_locked(unit.partition, done.seen)
             removed += done.removed
 
         self.run(work, self._updates(work), settle, follow, confirmed=True)
@@ -121,15 +121,15 @@ class Writer:
             return Unit(piece[0], [stamp], 1)
 
         def settle(unit: Unit) -> None:
-            table.see_locked(unit.partition, int(unit.replies[0]))
+            table.see_locked(unit.partition, unit.replies[0])
 
         def follow(unit: Unit) -> None:
             key = table.layout.stamps_key(unit.partition)
             with map_exceptions(table.spec.tag):
-                number = self._topology.client.eval(
+                seen: Seen = self._topology.client.eval(
                     STAMP, 1, key, b"", b"loading", lease_us
                 )
-            table.see_locked(unit.partition, int(number))
+            table.see_locked(unit.partition, seen)
 
         none = np.zeros(0, np.int64)
         work = Work(table, none, None, none, np.zeros(n + 1, np.int64), whole=True)
@@ -167,9 +167,9 @@ class Writer:
 
         def settle(unit: Unit) -> None:
             nonlocal stored
-            count, number = unit.replies[0]
+            count, seen = unit.replies[0]
             stored += count
-            table.see_locked(unit.partition, int(number))
+            table.see_locked(unit.partition, seen)
             if table.limited:
                 table.see_rows_locked(unit.partition, unit.replies[1], count)
 

@@ -80,7 +80,7 @@ def test_a_server_is_not_kept_busy_by_one_piece_of_wide_rows(
     n_keys = 2500
     spec = TableSpec("model", "table", dim=4)
     layout = Layout(spec, RedisLayout.STRINGS, n_partitions=2)
-    table = RedisTable(layout, [0, 0], [1, 1], Overflow())
+    table = RedisTable(layout, [0, 0], [[b"1", b""]] * 2, Overflow())
     order, bounds = np.arange(n_keys), np.array([0, 1100, n_keys])
     rows = np.broadcast_to(np.zeros(1, np.uint8), (n_keys, row_bytes))
     pieces = Work(table, order, rows, order, bounds).pieces()

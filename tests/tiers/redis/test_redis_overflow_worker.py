@@ -31,7 +31,7 @@ def table_of(
     name: str = "table", policy: OverflowPolicy = OverflowPolicy.EVICT_OLDEST
 ) -> RedisTable:
     layout = Layout(TableSpec("model", name, dim=4), RedisLayout.HASHES, 4)
-    return RedisTable(layout, [0] * 4, [1] * 4, Overflow(policy, MARGIN, 0.8))
+    return RedisTable(layout, [0] * 4, [[b"1", b""]] * 4, Overflow(policy, MARGIN, 0.8))
 
 
 class FakeEvictor(Evictor):

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hps_numba.tiers.redis.scripts import BACKFILL, N_BUCKETS, OPEN, STAMP
+from hps_numba.tiers.redis.stream_scripts import APPLY, GAP, KNOWN, SEEK, WRITTEN
+from hps_numba.types import Position, StreamSpan
 from tests.support.redis_servers import RedisServer, server_binary, server_version
 
 STAMPS, ROWS, USES = b"hps_et{t/p0}s", b"hps_et{t/p0}v", b"hps_et{t/p0}t"
@@ -78,6 +80,7 @@ class Oracle:
     buckets: dict[bytes, int] = field(default_factory=dict)
     rows: dict[int, bytes] = field(default_factory=dict)
     uses: dict[int, bytes] = field(default_factory=dict)
+    stream: dict[int, Position] = field(default_factory=dict)
 
     @property
     def highest_floor(self) -> int:
@@ -103,7 +106,7 @@ class Oracle:
     def lose(self) -> None:
         """Forget all stamps."""
         self.epoch = self.floor = 0
-        self.leases, self.buckets = {}, {}
+        self.leases, self.buckets, self.stream = {}, {}, {}
 
     def admitted(self, keys: list[int], token: int) -> list[int]:
         """Return which keys a backfill may store."""
@@ -115,7 +118,13 @@ class Oracle:
         """Return the hash of stamps."""
         numbers = {b"epoch": self.epoch, b"all": self.floor}
         numbers |= self.leases | self.buckets
-        return {name: b"%d" % number for name, number in numbers.items()}
+        found = {name: b"%d" % number for name, number in numbers.items()}
+        return found | ({b"stream": self.positions()} if self.stream else {})
+
+    def positions(self) -> bytes:
+        """Return the positions in the stream as text."""
+        entries = (f" {p}={position}" for p, position in self.stream.items())
+        return "".join(entries).encode()
 
 
 class Partition:
@@ -130,7 +139,7 @@ class Partition:
 
     def open(self) -> None:
         """Run OPEN."""
-        given = int(self._client.eval(OPEN, 1, STAMPS))
+        given = self._told(self._client.eval(OPEN, 1, STAMPS))
         if self.oracle.epoch:
             assert given == self.oracle.epoch
         else:
@@ -142,7 +151,7 @@ class Partition:
         buckets = {bucket_of(key) for key in keys}
         last, begin = self.oracle.epoch, now_us(self._client)
         argv = [b"".join(buckets), *lease]
-        given = int(self._client.eval(STAMP, 1, STAMPS, *argv))
+        given = self._told(self._client.eval(STAMP, 1, STAMPS, *argv))
         assert given > last
         assert begin <= given <= max(now_us(self._client), last + 1)
         if not last:  # stamps are begun anew, and then stamped
@@ -174,7 +183,7 @@ class Partition:
         rows = {key: row(key, self._versions) for key in keys}
         names = [STAMPS, ROWS] + ([USES] if self._use else [])
         begin = now_us(self._client)
-        n_stored, number = self._client.eval(
+        n_stored, seen = self._client.eval(
             BACKFILL,
             len(names),
             *names,
@@ -186,7 +195,7 @@ class Partition:
             b"".join(rows.values()),
             self._use,
         )
-        oracle, given = self.oracle, int(number)
+        oracle, given = self.oracle, self._told(seen)
         admitted = oracle.admitted(keys, token)
         assert n_stored == len(admitted)
         oracle.rows |= {key: rows[key] for key in admitted}
@@ -202,6 +211,64 @@ class Partition:
         assert given == oracle.epoch
         self._saw(given)
 
+    def apply(self, keys: list[int], span: StreamSpan, *, puts: bool) -> None:
+        """Run APPLY, and compare what it says."""
+        oracle = self.oracle
+        self._versions += 1
+        rows = {key: row(key, self._versions) for key in keys}
+        buckets = {bucket_of(key) for key in keys}
+        prefix = b"" if self._hashes else PREFIX
+        names = [STAMPS, ROWS] + ([USES] if self._use else [])
+        counts = bool(self._use) and puts
+        begin = now_us(self._client)
+        done, seen, n_rows = self._client.eval(
+            APPLY,
+            len(names),
+            *names,
+            span.partition,
+            str(span.since),
+            str(span.until),
+            b"".join(buckets),
+            b"put" if puts else b"drop",
+            prefix,
+            self._use,
+            int(counts),
+            *(x for k in keys for x in ((prefix + raw(k), rows[k])[: 1 + puts])),
+        )
+        known = oracle.stream.get(span.partition)
+        if known is not None and span.until <= known:
+            assert done == KNOWN
+        elif known is not None and known < span.since:
+            assert done == GAP
+        else:
+            assert done == WRITTEN
+            oracle.stream[span.partition] = span.until
+            given = int(seen[0])
+            last = oracle.epoch
+            if not oracle.epoch:  # stamps are begun anew
+                oracle.restart(int(self._client.hget(STAMPS, "all") or 0))
+                assert begin <= oracle.floor <= given
+            if keys:
+                assert given > last
+                oracle.stamp(given, buckets, NO_LEASE)
+            for key in keys:
+                self._follow(key, rows[key] if puts else None)
+        assert self._told(seen) == oracle.epoch
+        if counts:
+            assert n_rows == len(oracle.rows if self._hashes else oracle.uses)
+        self._saw(oracle.epoch)
+
+    def seek(self, positions: dict[int, Position]) -> None:
+        """Run SEEK."""
+        argv = [str(word) for pair in positions.items() for word in pair]
+        seen = self._client.eval(SEEK, 1, STAMPS, *argv)
+        self.oracle.stream |= positions
+        given = self._told(seen)
+        if not self.oracle.epoch:
+            self.oracle.restart(given)
+        assert given == self.oracle.epoch
+        self._saw(given)
+
     def check(self) -> None:
         """Compare all that is stored."""
         stamps = self._client.hgetall(STAMPS)
@@ -215,6 +282,24 @@ class Partition:
         assert stored == {raw(k): value for k, value in self.oracle.rows.items()}
         uses = self._client.hgetall(USES)
         assert uses == {raw(k): value for k, value in self.oracle.uses.items()}
+
+    def _follow(self, key: int, value: bytes | None) -> None:
+        """Note that a span brought a row, or a deletion."""
+        if value is None:
+            self.oracle.rows.pop(key, None)
+            self.oracle.uses.pop(key, None)
+        else:
+            self.oracle.rows[key] = value
+        if value is not None and self._use == b"0":  # it keeps the number of its uses
+            self.oracle.uses.setdefault(key, self._use)
+        elif value is not None and self._use:
+            self.oracle.uses[key] = self._use
+
+    def _told(self, seen: list[bytes]) -> int:
+        """Return the number of what a script tells, once the positions are right."""
+        number, stream = seen
+        assert stream == self.oracle.positions()
+        return int(number)
 
     def _saw(self, number: int) -> None:
         self.numbers.append(number)
@@ -233,7 +318,23 @@ tokens = st.one_of(
     st.tuples(st.just("present"), st.sampled_from([-1, 0, 1, HOUR_US])),
 )
 lists_of_keys = st.lists(st.sampled_from(KEYS), min_size=1, unique=True)
+POSITIONS = [
+    *(Position(0), Position(2), Position(2, 3), Position(2, 11), Position(10)),
+    *(Position(10, 2), Position(1 << 53), Position(1 << 53, 1)),
+]
+spans = st.builds(
+    lambda partition, ends: StreamSpan(partition, *sorted(ends)),
+    st.sampled_from([3, 13, 1]),  # the text of one is in that of another
+    st.lists(st.sampled_from(POSITIONS), min_size=2, max_size=2, unique=True),
+)
+sought = st.dictionaries(
+    st.sampled_from([3, 13, 1]), st.sampled_from(POSITIONS), min_size=1, max_size=2
+)
+some_or_no_keys = st.lists(st.sampled_from(KEYS), unique=True, max_size=4)
 steps = st.one_of(
+    st.tuples(st.just("apply"), some_or_no_keys, spans, st.booleans()),
+    st.tuples(st.just("apply"), some_or_no_keys, spans, st.booleans()),
+    st.tuples(st.just("seek"), sought),
     st.tuples(st.just("open")),
     st.tuples(st.just("write"), some_keys, st.sampled_from(LEASES)),
     st.tuples(st.just("evict"), some_keys),
@@ -266,19 +367,28 @@ def test_scripts_do_what_plain_python_does(
             else:
                 token = max(partition.oracle.epoch + distance, 0)
             partition.backfill(keys, token)
+        elif name == "apply":
+            partition.apply(*arguments[:2], puts=arguments[2])
         else:
             getattr(partition, name)(*arguments)
         partition.check()
 
 
 def stamp(client: redis.Redis, buckets: bytes, lease: Lease = NO_LEASE) -> int:
-    return int(client.eval(STAMP, 1, STAMPS, buckets, *lease))
+    return int(client.eval(STAMP, 1, STAMPS, buckets, *lease)[0])
 
 
 def backfill(client: redis.Redis, token: int, *, bucket: bytes = b"ab") -> list[int]:
     """Offer one row; return how many were stored, and the number."""
     argv = [token, 4, PREFIX, raw(1), bucket, b"row.", b""]
-    return [int(x) for x in client.eval(BACKFILL, 2, STAMPS, ROWS, *argv)]
+    return numbers(client.eval(BACKFILL, 2, STAMPS, ROWS, *argv))
+
+
+def numbers(answer: Any) -> list[int]:
+    """Return how many rows a backfill stored, and the partition's number."""
+    stored, (number, stream) = answer
+    assert stream == b""
+    return [stored, int(number)]
 
 
 @pytest.mark.parametrize("row_bytes", [2, 16 << 10])
@@ -291,14 +401,14 @@ def test_a_script_takes_all_buckets_and_rows_of_a_piece(
     keys = [raw(key) for key in range(n_rows)]
     buckets = [bucket.to_bytes(2, "little") for bucket in range(N_BUCKETS)]
     rows = [bytes([key % 256]) * row_bytes for key in range(n_rows)]
-    old = int(client.eval(OPEN, 1, STAMPS))
+    old = int(client.eval(OPEN, 1, STAMPS)[0])
     number = stamp(client, b"".join(buckets))
     assert client.hlen(STAMPS) == 2 + N_BUCKETS
     argv = [row_bytes, b"" if hashes else PREFIX, b"".join(keys), b"".join(buckets)]
     argv += [b"".join(rows), b"0"]
     for token, n_stored in ((old, 0), (number, n_rows)):
         answer = client.eval(BACKFILL, 3, STAMPS, ROWS, USES, token, *argv)
-        assert [int(x) for x in answer] == [n_stored, number]
+        assert numbers(answer) == [n_stored, number]
     stored = (
         client.hmget(ROWS, keys) if hashes else client.mget([PREFIX + k for k in keys])
     )
@@ -348,7 +458,7 @@ def test_numbers_of_lost_stamps_are_refused(
     number = stamp(client, b"cd")
     client.delete(STAMPS)
     if begin_again == "open":
-        again = int(client.eval(OPEN, 1, STAMPS))
+        again = int(client.eval(OPEN, 1, STAMPS)[0])
     elif begin_again == "stamp":
         again = stamp(client, b"ef")
     else:
