@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from time import sleep
 from typing import Any
 
 from rocksdict import IngestExternalFileOptions, Rdict, ReadOptions, WriteBatch
@@ -148,3 +149,4 @@ def call_all(method: object, *columns: Sequence[bytes]) -> None:
     for start in range(0, len(columns[0]), _ROWS_PER_GIL):
         rows = (column[start : start + _ROWS_PER_GIL] for column in columns)
         deque(map(method, *rows), maxlen=0)  # type: ignore[call-overload]
+        sleep(0)  # or the GIL changes hands after 5 ms

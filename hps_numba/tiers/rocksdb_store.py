@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from weakref import WeakSet
 
 from rocksdict import (
@@ -39,7 +40,17 @@ META_FAMILY = "hps_meta"
 
 _BLOOM_BITS = 10
 _BLOCK_BYTES = 16 << 10
-_MEMTABLE_BYTES = 64 << 20
+# Small memtables are quick to insert into, and a batch is written under the GIL: 1024
+# rows of dim 32 take 1.1 ms instead of 2.0 ms. Several go to one file, so there are no
+# more files to compact; filters keep reads from searching each (decision 0012).
+_MEMTABLE_BYTES = 8 << 20
+_MEMTABLES_PER_FILE = 8
+_MEMTABLES = 12  # when all are full, writes wait
+_MEMTABLE_FILTER = 0.02  # of its bytes
+
+_CONGESTION = ("rocksdb.actual-delayed-write-rate", "rocksdb.is-write-stopped")
+_WAIT_S = 0.001
+_LONGEST_WAIT_S = 10.0
 
 
 class RocksStore:
@@ -163,7 +174,18 @@ class RocksStore:
         """
         options = WriteOptions()
         options.sync = sync
+        self._wait_for_room()
         self._db.write(batch.pending, options)
+
+    def _wait_for_room(self) -> None:
+        """Wait while RocksDB lets writes wait: it would do so with the GIL held."""
+        deadline = monotonic() + _LONGEST_WAIT_S
+        while self.is_congested() and monotonic() < deadline:
+            sleep(_WAIT_S)
+
+    def is_congested(self) -> bool:
+        """Return whether compaction is so far behind that writes are slowed down."""
+        return any(self._db.property_int_value(name) for name in _CONGESTION)
 
     def write_files(
         self,
@@ -267,6 +289,10 @@ def _options(cache_bytes: int, *, direct_reads: bool) -> Options:
     options.set_block_based_table_factory(table)
     options.set_compression_type(DBCompressionType.none())
     options.set_write_buffer_size(_MEMTABLE_BYTES)
+    options.set_min_write_buffer_number_to_merge(_MEMTABLES_PER_FILE)
+    options.set_max_write_buffer_number(_MEMTABLES)
+    options.set_memtable_prefix_bloom_ratio(_MEMTABLE_FILTER)
+    options.set_memtable_whole_key_filtering(True)
     options.set_use_direct_reads(direct_reads)
     options.set_keep_log_file_num(4)
     return options

@@ -42,7 +42,9 @@ _FILE_BYTES = 64 << 20
 # rocksdict holds the GIL while a batch is written: one to two milliseconds for these.
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 256 << 10
-_BURST_BYTES = 4 << 20
+# From here on, sorted files take less time than a batch, and no long hold of the GIL.
+_BURST_ROWS = 8192
+_BURST_BYTES = 8 << 20
 _SCAN_ROWS = 8192
 _FIRST_KEY = bytes(KEY_BYTES)
 
@@ -105,8 +107,8 @@ class RocksTable:
         if not is_due(self.positions().get(span.partition), span, self.spec.tag):
             return 0
         order = np.argsort(keys)
-        n_bytes = keys.nbytes + (rows.nbytes if rows is not None else 0)
-        if n_bytes >= _BURST_BYTES:
+        n_bytes = rows.nbytes if rows is not None else 0
+        if keys.size >= _BURST_ROWS or n_bytes >= _BURST_BYTES:
             self._ingest(encoded_span(keys, rows, order, span), keys)
             return keys.size
         batch = Batch()

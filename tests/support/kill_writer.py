@@ -104,7 +104,7 @@ def load(tier: RocksDBTier) -> None:
 
 
 if __name__ == "__main__":
-    rocksdb_table._BURST_BYTES = PIECE_ROWS * PIECES * 8  # of deletes, too
+    rocksdb_table._BURST_ROWS = PIECE_ROWS * PIECES
     writer = open_tier(sys.argv[2])
     report("ready")
     {"update": update, "load": load}[sys.argv[1]](writer)
