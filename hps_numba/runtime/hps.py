@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hps_numba.config import InferenceParams, ParameterServerConfig
-from hps_numba.errors import UnknownTableError
+from hps_numba.errors import ConfigError, UnknownTableError
 from hps_numba.runtime.arrays import as_keys, as_rows, newest_of_each
 from hps_numba.runtime.backfill import BackfillQueue
 from hps_numba.runtime.estimate import Estimate, estimate
@@ -26,8 +26,12 @@ from hps_numba.runtime.pipeline import Observer, Pipeline
 from hps_numba.runtime.session import LookupSession
 from hps_numba.runtime.stats import ServerStats, TableStats
 from hps_numba.runtime.stores import open_stores
+from hps_numba.runtime.updates.opening import open_updates
 from hps_numba.tiers.base import Tier
 from hps_numba.types import Keys, Mask, TableSpec
+
+if TYPE_CHECKING:
+    from hps_numba.runtime.updates.control import Updates
 
 
 class HPS:
@@ -88,8 +92,14 @@ class HPS:
         self._models = ModelSet(
             self._config, self._stores, self._backfills, self._gpus, progress=progress
         )
+        self._updates: Updates | None = None
         try:
             self._models.add(self._config.models, force_reload=force_reload)
+            self._updates = open_updates(
+                self._config, self._stores, lambda: self._models.served, self._tag
+            )
+            if self._updates is not None:
+                self._updates.start()
         except BaseException:
             self.close()
             raise
@@ -111,6 +121,19 @@ class HPS:
     def models(self) -> tuple[str, ...]:
         """Names of the models that are served."""
         return tuple(served.name for served in self._models.served)
+
+    @property
+    def updates(self) -> Updates:
+        """The update streams: how far they are, to pause, to seek.
+
+        Raises
+        ------
+        ConfigError
+            If no ``update_source`` is configured.
+        """
+        if self._updates is None:
+            raise ConfigError("update_source: no stream of updates is configured")
+        return self._updates
 
     def lookup(
         self,
@@ -262,6 +285,8 @@ class HPS:
         """
         with self._gate:
             self._models.add((params,), force_reload=force_reload)
+        if self._updates is not None:
+            self._updates.look_soon()
 
     def remove_model(self, name: str, *, drop_tables: bool = False) -> None:
         """Stop serving a model and free its host memory.
@@ -310,6 +335,7 @@ class HPS:
                 tables=tuple(tables),
                 backfill=self._backfills.stats(),
                 deferred=self._gpus.stats(),
+                updates=self._updates.stats() if self._updates else None,
             )
 
     def drain(self) -> None:
@@ -320,6 +346,8 @@ class HPS:
     def close(self) -> None:
         """End all work and close the tiers; the second call does nothing."""
         self._gate.close()
+        if self._updates is not None:
+            self._updates.close()
         self._models.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._gpus.close()
@@ -338,6 +366,10 @@ class HPS:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _tag(self, model: str, table: int | str) -> str:
+        with self._gate:
+            return self._models[model].table(table).spec.tag
 
     @contextmanager
     def _table(self, model: str, table: int | str) -> Iterator[Hierarchy]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hps_numba.errors import UnknownTableError
 from hps_numba.tiers.base import TierStats
+
+if TYPE_CHECKING:
+    from hps_numba.runtime.updates.stats import UpdateStats
 
 _SUB_BITS = 3  # eight buckets per power of two: a percentile is right within 13 %
 _BUCKETS = 64 << _SUB_BITS
@@ -103,6 +107,7 @@ class ServerStats:
     tables: tuple[TableStats, ...]
     backfill: BackfillStats
     deferred: BackfillStats = NO_BACKFILLS
+    updates: UpdateStats | None = None  # if there is an update_source
 
     def table(self, model: str, name: str) -> TableStats:
         """Return the counters of one table."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, cast
 from hps_numba.config import (
     DatabaseType,
     ParameterServerConfig,
-    UpdateSourceType,
     VolatileDatabaseParams,
 )
 from hps_numba.errors import ConfigError
@@ -95,11 +94,6 @@ def _check_supported(config: ParameterServerConfig) -> None:
         raise ConfigError(
             f"volatile_db.type: {kind.value} is not available in this version; "
             f"use parallel_hash_map"
-        )
-    if config.update_source.type is not UpdateSourceType.NULL:
-        raise ConfigError(
-            f"update_source.type: {config.update_source.type.value} is not available "
-            f"in this version; remove update_source and call HPS.update()"
         )
     if kind is DatabaseType.DISABLED and not _has_rocksdb(config):
         raise ConfigError("volatile_db and persistent_db: enable at least one of them")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from hps_numba.runtime.backfill import Backfill
+from hps_numba.runtime.changes import Change
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.inflight import Flight
 from hps_numba.tiers.base import Epoch, Tier
@@ -228,7 +229,8 @@ class NeverForgets(SteppedInFlight):
 class InvalidatesEarly(Hierarchy):
     """Takes keys off the register before it writes, and not after."""
 
-    def _write_part(self, keys: Keys, rows: Rows | None) -> None:
+    def _write_part(self, change: Change) -> None:
+        keys, rows = change.keys, change.rows
         with ExitStack() as holds:
             for tier in self.tiers[:-1]:
                 holds.enter_context(tier.hold(self.spec.tag, keys))
@@ -243,10 +245,10 @@ class InvalidatesEarly(Hierarchy):
 class WritesDownwards(Hierarchy):
     """Writes the first tier first."""
 
-    def _write_part(self, keys: Keys, rows: Rows | None) -> None:
+    def _write_part(self, change: Change) -> None:
         tiers, self.tiers = self.tiers, self.tiers[::-1]
         try:
-            super()._write_part(keys, rows)
+            super()._write_part(change)
         finally:
             self.tiers = tiers
 

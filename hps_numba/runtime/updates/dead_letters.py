@@ -1,16 +1,12 @@
-"""Where messages go that cannot be applied: a file that people and scripts can read."""
+"""Where messages go that cannot be applied: a file for people and scripts."""
 
 from __future__ import annotations
 
 import base64
 import json
-import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
-
-logger = logging.getLogger(__name__)
 
 
 class Letter(Protocol):
@@ -41,8 +37,20 @@ class Letter(Protocol):
         """The payload."""
 
 
-DeadLetters = Callable[[Letter, str], None]
-"""Keeps a message and why it was refused; raises ``OSError`` if it cannot."""
+class DeadLetters(Protocol):
+    """Keeps messages that cannot be applied. Used by one thread."""
+
+    def keep(self, letter: Letter, reason: str) -> None:
+        """Keep a message and why it was refused.
+
+        Raises
+        ------
+        OSError, UpdateSourceError
+            If it cannot be kept.
+        """
+
+    def close(self) -> None:
+        """Wait until all is kept."""
 
 
 class DeadLetterFile:
@@ -61,7 +69,7 @@ class DeadLetterFile:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
 
-    def __call__(self, letter: Letter, reason: str) -> None:
+    def keep(self, letter: Letter, reason: str) -> None:
         """Append a message; it is in the file when the call returns."""
         line = json.dumps(
             {
@@ -79,6 +87,9 @@ class DeadLetterFile:
             os.write(descriptor, line.encode() + b"\n")
         finally:
             os.close(descriptor)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 def _text(data: bytes | None) -> str | None:

@@ -40,6 +40,7 @@ _KEY_DTYPES = {4: "<u4", 8: "<i8"}
 class BadFrame(str, Enum):
     """Why a message of an update stream cannot be applied."""
 
+    KEYED = "keyed"  # with another Kafka key than DELETE
     NULL_PAYLOAD = "null_payload"
     MAGIC = "magic"
     TRUNCATED = "truncated"

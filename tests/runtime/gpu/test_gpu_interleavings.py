@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from hps_numba.kernels.cuda.interchange import n_devices
-from hps_numba.runtime import hierarchy as hierarchy_module
+from hps_numba.runtime import table_writer
+from hps_numba.runtime.changes import Change
 from hps_numba.runtime.gpu import lookup as lookup_module
 from hps_numba.runtime.gpu.deferred import DeferredInsert
 from hps_numba.runtime.gpu.misses import Misses
@@ -107,22 +108,22 @@ class DefersAsItIs(SteppedDeferred):
 
 
 class UpdatesCachesFirst(Hierarchy):
-    def _write_part(self, keys: Keys, rows: Rows | None) -> None:
-        caches = self.caches
+    def _write_part(self, change: Change) -> None:
+        caches, keys, rows = self.caches, change.keys, change.rows
         for cache in caches:
             cache.evict(keys) if rows is None else cache.update(keys, rows)
         self.caches = ()
         try:
-            super()._write_part(keys, rows)
+            super()._write_part(change)
         finally:
             self.caches = caches
 
 
 class UpdatesTheFirstCacheOnly(Hierarchy):
-    def _write_part(self, keys: Keys, rows: Rows | None) -> None:
+    def _write_part(self, change: Change) -> None:
         caches, self.caches = self.caches, self.caches[:1]
         try:
-            super()._write_part(keys, rows)
+            super()._write_part(change)
         finally:
             self.caches = caches
 
@@ -215,7 +216,7 @@ def acknowledging_early(stage: GpuStage) -> None:
 
 def missing_evictions(patch: pytest.MonkeyPatch) -> None:
     """Let a failed update leave what is cached."""
-    patch.setattr(hierarchy_module, "evict_in_any_case", lambda cache, keys: None)
+    patch.setattr(table_writer, "evict_in_any_case", lambda cache, keys: None)
 
 
 def late_epochs(patch: pytest.MonkeyPatch) -> None:
