@@ -12,8 +12,9 @@ from time import monotonic
 
 import numpy as np
 
+from hps_numba.kernels.host.frames import gather_records
 from hps_numba.kernels.host.hashing import group_by_partition
-from hps_numba.runtime.updates.frames import HEADER_BYTES, header, pack
+from hps_numba.runtime.updates.frames import HEADER_BYTES, header
 from hps_numba.runtime.updates.outbox import Parcel
 from hps_numba.types import Keys, Rows
 
@@ -80,13 +81,15 @@ def spread(
     A key's group is its hash modulo ``num_partitions``, and a group's lane its number
     modulo the number of lanes, as HPS has it.
     """
-    record_bytes = keys.itemsize + (0 if rows is None else rows[:1].nbytes)
+    raw = np.empty((len(keys), 0), np.uint8) if rows is None else rows.view(np.uint8)
+    record_bytes = keys.itemsize + raw.shape[1]
     step = max(1, _PACK_BYTES // record_bytes)
     for start in range(0, len(keys), step):
         some = keys[start : start + step]
         order, bounds = group_by_partition(some, num_partitions)
-        picked = None if rows is None else rows[start : start + step][order]
-        packed = pack(some[order], picked).view(np.uint8).data
+        records = np.empty(len(some) * record_bytes, np.uint8)
+        gather_records(some, raw[start : start + step], order, records)
+        packed = records.data
         for group in range(num_partitions):
             begin, end = int(bounds[group]), int(bounds[group + 1])
             if begin < end:

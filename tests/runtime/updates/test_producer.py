@@ -63,8 +63,7 @@ def read(bootstrap: str, topic: str, n_records: int) -> list[Message]:
     messages: list[Message] = []
 
     def complete() -> bool:
-        message = consumer.poll(0.1)
-        if message is not None:
+        while (message := consumer.poll(0.1)) is not None:
             assert message.error() is None, message.error()
             assert message.key() in (None, b"delete")
             records = parsed(message.value())
