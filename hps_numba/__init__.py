@@ -32,15 +32,18 @@ if TYPE_CHECKING:
         TierUnavailableError,
         UnknownTableError,
         UpdateError,
+        UpdateSourceError,
     )
     from hps_numba.runtime.estimate import estimate
     from hps_numba.runtime.hps import HPS
     from hps_numba.runtime.session import LookupSession
+    from hps_numba.runtime.updates.producer import UpdateProducer
 
 _HOMES = {
     "HPS": "hps_numba.runtime.hps",
     "LookupSession": "hps_numba.runtime.session",
     "estimate": "hps_numba.runtime.estimate",
+    "UpdateProducer": "hps_numba.runtime.updates.producer",
     **dict.fromkeys(
         (
             "ParameterServerConfig",
@@ -62,6 +65,7 @@ _HOMES = {
             "UnknownTableError",
             "ModelFileError",
             "UpdateError",
+            "UpdateSourceError",
             "ClosedError",
             "TierError",
             "TierUnavailableError",
@@ -75,6 +79,8 @@ __all__ = [
     "HPS",
     "LookupSession",
     "estimate",
+    # Publishing updates
+    "UpdateProducer",
     # Configuration, with HugeCTR's names
     "ParameterServerConfig",
     "InferenceParams",
@@ -91,6 +97,7 @@ __all__ = [
     "UnknownTableError",
     "ModelFileError",
     "UpdateError",
+    "UpdateSourceError",
     "ClosedError",
     "TierError",
     "TierUnavailableError",
