@@ -16,6 +16,7 @@ from bench import (
     bench_pipeline,
     bench_redis,
     bench_rocksdb,
+    bench_streams,
     bench_three_tiers,
 )
 from bench.defaults import FULL, FULL_PLAN, SMOKE, SMOKE_PLAN, Run
@@ -30,6 +31,7 @@ MODULES = (
     bench_pipeline,
     bench_three_tiers,
     bench_lookup,
+    bench_streams,
 )
 BENCHMARKS = {b.__name__: b for module in MODULES for b in module.BENCHMARKS}
 

@@ -49,6 +49,11 @@ class Sizes:
     redis_write_rows: int = 50_000
     cluster_batches: tuple[int, ...] = (1_000, 10_000, 100_000)
     cluster_partitions: int = 12  # of three masters
+    stream_rows: int = 1_000_000
+    stream_partitions: int = 4
+    stream_rows_per_s: int = 50_000
+    stream_phase_s: float = 4.0
+    stream_lookup_keys: int = 4096
     three_tiers_keys: int = 400_000
     three_tiers_chunk: int = 10_000
     # Of rows in host memory, and in Redis.
@@ -85,6 +90,10 @@ SMOKE = Sizes(
     redis_batches=(500,),
     redis_commands=8,
     redis_write_rows=1_000,
+    stream_rows=2_000,
+    stream_rows_per_s=2_000,
+    stream_phase_s=0.3,
+    stream_lookup_keys=64,
     cluster_batches=(500,),
     three_tiers_keys=2_000,
     three_tiers_chunk=200,
@@ -128,6 +137,11 @@ CLUSTER_MGET_AGAINST_REDIS_PY = {(32, 10_000): 2.0}
 REDIS_CPU_AGAINST_REDIS_PY = {32: 5.0, 128: 2.8}
 REDIS_MSET_AGAINST_PIPELINE = 3.5
 REDIS_HSET_AGAINST_PIPELINE = 4.5
+
+STREAM_DECODE_AGAINST_CONSUME = 0.8
+STREAM_APPLY_AGAINST_NAIVE = {32: 4.0}
+STREAM_LOOKUP_P99_AGAINST_IDLE = 2.0
+STREAM_STALENESS_S = {"p50": 0.050, "p99": 0.250}
 
 CALL_ALPHA = POWER_LAW_ALPHA  # of the small call
 HPS_SMALL_CALL = Published(

@@ -16,6 +16,8 @@ from hps_numba.config import (
     InferenceParams,
     ParameterServerConfig,
     PersistentDatabaseParams,
+    UpdateSourceParams,
+    UpdateSourceType,
     VolatileDatabaseParams,
 )
 from hps_numba.runtime.hps import HPS
@@ -90,8 +92,28 @@ def looking_up(served: Served, sampler: Sampler, batch: int) -> Setup:
 
 
 @contextmanager
+def following_server(
+    table: TableSpec, path: Path, brokers: str, *, cache_bytes: int
+) -> Iterator[Served]:
+    """Serve an empty table over RocksDB that follows its update stream."""
+    rocksdb = PersistentDatabaseParams(
+        backend=DatabaseType.ROCKS_DB, path=str(path), cache_bytes=cache_bytes
+    )
+    stream = UpdateSourceParams(
+        type=UpdateSourceType.KAFKA_MESSAGE_QUEUE,
+        brokers=brokers,
+        receive_buffer_size=8 * MIB,
+    )
+    with _serve(table, rocksdb, MIB, stream) as served:
+        yield served
+
+
+@contextmanager
 def _serve(
-    table: TableSpec, persistent: PersistentDatabaseParams, chunk_keys: int
+    table: TableSpec,
+    persistent: PersistentDatabaseParams,
+    chunk_keys: int,
+    stream: UpdateSourceParams | None = None,
 ) -> Iterator[Served]:
     tiers: dict[str, Tier] = {}
 
@@ -103,6 +125,7 @@ def _serve(
             type=DatabaseType.PARALLEL_HASH_MAP, max_batch_size=chunk_keys
         ),
         persistent_db=persistent,
+        update_source=stream or UpdateSourceParams(),
         models=(
             InferenceParams(
                 model_name=table.model,

@@ -25,7 +25,10 @@ from pathlib import Path
 from types import TracebackType
 
 from confluent_kafka import KafkaException, Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not exported
+    AdminClient,
+    NewTopic,
+)
 from typing_extensions import Self
 
 from tests.support.redis_servers import ReservedPort, reserve_port, wait_for
