@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from hps_numba.runtime.hps import HPS
     from hps_numba.runtime.session import LookupSession
     from hps_numba.runtime.updates.producer import UpdateProducer
+    from hps_numba.runtime.updates.steps import touched_rows
 
 _HOMES = {
     "HPS": "hps_numba.runtime.hps",
     "LookupSession": "hps_numba.runtime.session",
     "estimate": "hps_numba.runtime.estimate",
     "UpdateProducer": "hps_numba.runtime.updates.producer",
+    "touched_rows": "hps_numba.runtime.updates.steps",
     **dict.fromkeys(
         (
             "ParameterServerConfig",
@@ -81,6 +83,7 @@ __all__ = [
     "estimate",
     # Publishing updates
     "UpdateProducer",
+    "touched_rows",
     # Configuration, with HugeCTR's names
     "ParameterServerConfig",
     "InferenceParams",

@@ -153,6 +153,7 @@ def test_the_exported_names_are_these() -> None:
         "VolatileDatabaseParams",
         "__version__",
         "estimate",
+        "touched_rows",
     ]
 
 
