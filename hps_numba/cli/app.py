@@ -192,6 +192,64 @@ def lookup(
 
 
 @app.command()
+def produce(  # noqa: PLR0913 -- one parameter per option
+    brokers: Annotated[
+        str, typer.Argument(help="Kafka brokers, host:port[,host:port...].")
+    ],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A model directory, or an .npz of keys and rows."),
+    ],
+    model: Annotated[str, typer.Option(help="The model.")],
+    table: Annotated[str, typer.Option(help="Its table, by name.")],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Publish that the keys are gone.")
+    ] = False,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Values per row, if sizes do not tell.")
+    ] = None,
+    partitions: Annotated[
+        int, typer.Option(min=1, help="Groups that keys are spread over.")
+    ] = 8,
+    message_bytes: Annotated[
+        int, typer.Option(min=1024, help="Most bytes of a message.")
+    ] = 1 << 20,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of librdkafka; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish rows, or deletions, to the servers that follow a table's topic."""
+    from hps_numba.cli import produce as work
+    from hps_numba.cli.output import print_json, print_published
+    from hps_numba.cli.progress import row_progress
+
+    try:
+        settings = work.parse_settings(setting or [])
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--setting") from exc
+    given = work.read_source(source, delete=delete, dim=dim)
+    with (
+        work.open_producer(
+            brokers,
+            partitions=partitions,
+            message_bytes=message_bytes,
+            settings=settings,
+        ) as producer,
+        row_progress(f"{model}/{table}", len(given.keys)) as progress,
+    ):
+        try:
+            done = work.publish(producer, model, table, given, progress=progress)
+        except ValueError as exc:  # no name of a topic, or rows beyond a message
+            raise typer.BadParameter(str(exc)) from exc
+    if as_json:
+        print_json(asdict(done))
+    else:
+        print_published(done)
+
+
+@app.command()
 def demo(  # noqa: PLR0913 -- one parameter per option
     output: Annotated[
         Path, typer.Option(help="Directory for models, database, plot and report.")

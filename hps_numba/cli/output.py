@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from hps_numba.cli.deploy import DeployedTable
     from hps_numba.cli.lookup import LocatedRow
+    from hps_numba.cli.produce import Published
     from hps_numba.runtime.estimate import Estimate
     from hps_numba.tiers.model_files import FileSummary
 
@@ -104,6 +105,15 @@ def deployment_json(tables: Sequence[DeployedTable]) -> list[dict[str, Any]]:
         }
         for each in tables
     ]
+
+
+def print_published(done: Published) -> None:
+    """Print what was delivered, as a line."""
+    what = "deletions" if done.deleted else "rows"
+    typer.echo(
+        f"{done.topic}: {done.rows:,} {what}, {done.messages:,} messages, "
+        f"{done.bytes:,} bytes, {done.seconds:.2f} s"
+    )
 
 
 def print_rows(rows: Sequence[LocatedRow]) -> None:
