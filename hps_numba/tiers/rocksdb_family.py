@@ -97,8 +97,10 @@ class Family:
 
     def close(self) -> None:
         """Write what is in memory to files and let go of the database."""
-        self._map.close()
-        self.forget()
+        try:
+            self._map.close()
+        finally:
+            self.forget()
 
     def forget(self) -> None:
         """Let go of the database; a family that was dropped cannot be closed."""

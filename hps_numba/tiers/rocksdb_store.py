@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from weakref import WeakSet
@@ -232,12 +232,13 @@ class RocksStore:
                 self._close_files()
 
     def _close_files(self) -> None:
-        for family in self._families.values():
-            family.close()
-        for family in self._dropped:  # somebody may still name it
-            family.forget()
-        self._families.clear()
-        self._db.close()
+        with ExitStack() as closing:  # all of it, also where the disk refuses writes
+            closing.callback(self._db.close)
+            closing.callback(self._families.clear)
+            for family in self._dropped:  # somebody may still name it
+                closing.callback(family.forget)
+            for family in self._families.values():
+                closing.callback(family.close)
 
     def _open(self) -> Rdict:
         access = AccessType.read_only(False)
