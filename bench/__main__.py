@@ -14,6 +14,7 @@ from bench import (
     bench_host,
     bench_lookup,
     bench_pipeline,
+    bench_produce,
     bench_redis,
     bench_rocksdb,
     bench_streams,
@@ -31,6 +32,7 @@ MODULES = (
     bench_pipeline,
     bench_three_tiers,
     bench_lookup,
+    bench_produce,
     bench_streams,
 )
 BENCHMARKS = {b.__name__: b for module in MODULES for b in module.BENCHMARKS}

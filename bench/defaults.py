@@ -49,6 +49,7 @@ class Sizes:
     redis_write_rows: int = 50_000
     cluster_batches: tuple[int, ...] = (1_000, 10_000, 100_000)
     cluster_partitions: int = 12  # of three masters
+    produce_rows: int = 100_000
     stream_rows: int = 1_000_000
     stream_partitions: int = 4
     stream_rows_per_s: int = 50_000
@@ -90,6 +91,7 @@ SMOKE = Sizes(
     redis_batches=(500,),
     redis_commands=8,
     redis_write_rows=1_000,
+    produce_rows=2_000,
     stream_rows=2_000,
     stream_rows_per_s=2_000,
     stream_phase_s=0.3,
@@ -138,6 +140,7 @@ REDIS_CPU_AGAINST_REDIS_PY = {32: 5.0, 128: 2.8}
 REDIS_MSET_AGAINST_PIPELINE = 3.5
 REDIS_HSET_AGAINST_PIPELINE = 4.5
 
+STREAM_PRODUCE_AGAINST_PLAIN = {32: 3.0}
 STREAM_DECODE_AGAINST_CONSUME = 0.8
 STREAM_APPLY_AGAINST_NAIVE = {32: 4.0}
 STREAM_LOOKUP_P99_AGAINST_IDLE = 2.0
