@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hps_numba.config import UpdateSourceParams
 from hps_numba.runtime.updates.source import KafkaSource
+from tests.runtime.updates.servers import NewSite, Site
 from tests.support.kafka_broker import KafkaBroker, MockCluster
 
 _NUMBERS = count()
@@ -54,3 +56,17 @@ def new_source() -> Iterator[NewSource]:
     yield make
     for source in made:
         source.close()
+
+
+@pytest.fixture
+def new_site(tmp_path: Path, broker: KafkaBroker) -> Iterator[NewSite]:
+    """Make models with topics of their own: ``new_site(**parameters of Site)``."""
+    made: list[Site] = []
+
+    def make(**parameters: Any) -> Site:
+        made.append(Site(tmp_path, parameters.pop("broker", broker), **parameters))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.close()
