@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakegpu import shim
+from tests.support.kafka_broker import KafkaBroker
 from tests.support.redis_servers import RedisServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,6 +42,13 @@ OVER_REDIS = [
     "same rows: True",
     "updated by the first: [1. 1. 1.]",
     "it came from: ['redis']",
+]
+
+OVER_KAFKA = [
+    "as deployed: True",
+    "caught up: True",
+    "as trained: True",
+    "changed rows: 4364",
 ]
 
 ON_A_DEVICE = [
@@ -90,7 +98,8 @@ def lines_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_every_example_is_run():
-    run = [*EXPECTED, "shared_redis.py", "gpu_cache.py", *WITH_A_LIBRARY]
+    over_services = ["shared_redis.py", "publish_updates.py"]
+    run = [*EXPECTED, *over_services, "gpu_cache.py", *WITH_A_LIBRARY]
     assert sorted(run) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
@@ -108,6 +117,15 @@ def test_the_example_of_a_shared_redis_prints_what_it_promises(
         assert lines_missing("shared_redis.py", OVER_REDIS) == []
         with server.client() as client:
             assert client.keys("*") == []
+
+
+@pytest.mark.service
+def test_the_example_of_published_updates_prints_what_it_promises(
+    lines_missing, monkeypatch
+):
+    with KafkaBroker() as broker:
+        monkeypatch.setenv("KAFKA_BROKERS", broker.bootstrap)
+        assert lines_missing("publish_updates.py", OVER_KAFKA) == []
 
 
 @pytest.mark.device
