@@ -64,10 +64,8 @@ class Tokens:
 
     def seek(self, positions: Mapping[int, Position]) -> None:
         """Set where the lower tier is, forwards or backwards."""
-        for partition in positions:
-            self._lower.pop(partition, None)
-        self._waiting = [None] * len(self._waiting)
         for partition, position in positions.items():
+            self._lower.pop(partition, None)
             self.reach(partition, position)
 
     def _has(self, stored: Mapping[int, At]) -> bool:

@@ -83,13 +83,15 @@ def raw(key: int) -> bytes:
     return key.to_bytes(8, "little", signed=True)
 
 
-def prefix(partition: int = 0) -> bytes:
-    return b"hps_et{%s/p%d}" % (TAG.encode(), partition)
+def prefix(partition: int = 0, tag: str = TAG) -> bytes:
+    return b"hps_et{%s/p%d}" % (tag.encode(), partition)
 
 
-def uses_in(client: redis.Redis, partition: int = 0) -> dict[int, bytes]:
+def uses_in(
+    client: redis.Redis, partition: int = 0, tag: str = TAG
+) -> dict[int, bytes]:
     """Return what is noted of each key."""
-    noted = client.hgetall(prefix(partition) + b"t")
+    noted = client.hgetall(prefix(partition, tag) + b"t")
     return {int.from_bytes(k, "little", signed=True): v for k, v in noted.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from hps_numba.errors import TierTimeoutError
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.tier import RedisTier
-from hps_numba.types import Keys, RowBlock, Rows, TableSpec
+from hps_numba.types import Keys, Position, RowBlock, Rows, StreamSpan, TableSpec
 from tests.support.redis_servers import RedisServer, wait_for
 
 SPEC = TableSpec("model", "table", 4)
+STAMPS = f"hps_et{{{SPEC.tag}/p0}}s"
 KEYS = np.arange(3000, dtype=np.int64)
 
 
@@ -39,13 +41,18 @@ def replica(server: RedisServer, shared_replica: RedisServer) -> Iterator[RedisS
     shared_replica.resume()
 
 
+@contextmanager
+def opened(server: RedisServer) -> Iterator[RedisTier]:
+    options = RedisOptions(server.address, timeout_s=2.0)
+    with closing(RedisTier(options, num_partitions=2, wait_replicas=1)) as tier:
+        tier.open_table(SPEC)
+        yield tier
+
+
 @pytest.fixture
 def tier(server: RedisServer) -> Iterator[RedisTier]:
-    options = RedisOptions(server.address, timeout_s=2.0)
-    opened = RedisTier(options, num_partitions=2, wait_replicas=1)
-    opened.open_table(SPEC)
-    yield opened
-    opened.close()
+    with opened(server) as found:
+        yield found
 
 
 def rows(version: int, keys: Keys = KEYS) -> Rows:
@@ -99,3 +106,18 @@ def test_backfills_and_evictions_wait_for_no_replica(
     replica.pause()
     assert tier.backfill(SPEC.tag, KEYS, rows(1), tier.epoch(SPEC.tag)) == KEYS.size
     assert tier.evict(SPEC.tag, KEYS) == KEYS.size
+
+
+def test_a_span_is_acknowledged_to_no_server_before_a_replica_has_it(
+    tier: RedisTier, server: RedisServer, replica: RedisServer
+) -> None:
+    spans = [StreamSpan(0, Position(n), Position(n + 1)) for n in range(2)]
+    assert tier.apply(SPEC.tag, KEYS, rows(1), spans[0]) == KEYS.size
+    with opened(server) as other:
+        replica.pause()
+        for one in (tier, tier, other):  # of which the first writes it
+            with pytest.raises(TierTimeoutError, match="1 have to"):
+                one.apply(SPEC.tag, KEYS, rows(2), spans[1])
+        replica.resume()
+        assert other.apply(SPEC.tag, KEYS, rows(2), spans[1]) == 0
+    assert replica.client().hget(STAMPS, "stream") == b" 0=2:0"
