@@ -1,6 +1,6 @@
 """A RocksDB database: column families, atomic batches, sorted files, errors.
 
-The only file that knows rocksdict. It moves bytes; keys, rows and tables are the
+With ``rocksdb_family`` all that knows rocksdict. It moves bytes; keys, rows and tables are the
 business of ``hps_numba.tiers.rocksdb``.
 """
 
