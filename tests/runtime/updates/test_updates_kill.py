@@ -1,0 +1,310 @@
+"""Servers that are killed at any instant neither lose nor repeat an update.
+
+A trainer publishes rows and deletions all the time. The n-th row of a key holds the
+number n. After each kill the rows in RocksDB are compared with what the stream has up
+to the positions stored beside them.
+
+``HPS_TEST_KILLS`` sets how many servers are killed; 30 by default, and 8 over Redis.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hps_numba.runtime.hps import HPS
+from hps_numba.runtime.updates.producer import UpdateProducer
+from hps_numba.tiers.rocksdb import RocksDBTier
+from hps_numba.types import Position, RowBlock, TableSpec
+from tests.oracle import versioned_rows
+from tests.runtime.deployments import Table, Wraps, model, server_config
+from tests.runtime.updates.replay import Replay, Row, as_dict, mark_ends
+from tests.support import kill_consumer
+from tests.support.kafka_broker import KafkaBroker
+from tests.support.redis_servers import wait_for
+
+pytestmark = [pytest.mark.fault, pytest.mark.service]
+
+DIM = 8
+N_KEYS = 3000
+PARTITIONS = 3
+BURST_ROWS = 1000
+PATIENCE_S = 30.0
+KILLS = os.environ.get("HPS_TEST_KILLS")
+
+
+class Trainer:
+    """Publishes rows and deletions until it is stopped, now and then many at once."""
+
+    def __init__(self, producer: UpdateProducer, spec: TableSpec) -> None:
+        self._producer = producer
+        self._table = (spec.model, spec.name)
+        self._sent = np.zeros(N_KEYS, np.int64)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="trainer", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End when all is delivered."""
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._producer.flush()
+
+    def _run(self) -> None:
+        rng = np.random.default_rng(1)
+        try:
+            while not self._stop.wait(0.01):  # as many as a server applies, about
+                n = 3000 if rng.random() < 0.03 else int(rng.integers(1, 300))
+                self._send(rng.integers(0, N_KEYS, n))
+                if rng.random() < 0.06:
+                    gone = rng.choice(np.arange(7, N_KEYS, 8), 200)
+                    self._producer.delete(*self._table, gone)
+        except BaseException as error:
+            self._error = error
+
+    def _send(self, keys: NDArray[np.int64]) -> None:
+        order = np.argsort(keys, kind="stable")
+        ascending = keys[order]
+        again = np.empty_like(keys)  # how often the key came before in this call
+        again[order] = np.arange(keys.size) - np.searchsorted(ascending, ascending)
+        rows = versioned_rows(keys, self._sent[keys] + again + 1, DIM)
+        np.add.at(self._sent, keys, 1)
+        self._producer.send(*self._table, keys, rows)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What RocksDB was given, and what it wrote; None if it was killed meanwhile."""
+
+    partition: int
+    since: Position
+    until: Position
+    n_keys: int
+    written: int | None
+
+
+class Servers:
+    """Servers that start where the one before them was killed."""
+
+    def __init__(self, ps_json: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, kill_consumer.__file__, str(ps_json)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._lines: SimpleQueue[list[str]] = SimpleQueue()
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def run_and_kill(self, instants: random.Random) -> list[Span]:
+        """Start one, kill it at an instant of its work, return what it worked on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("start\n")
+        self._process.stdin.flush()
+        _, pid = self._next()
+        lines = [self._next()]
+        if instants.random() < 0.5:
+            self._collect(lines, instants.uniform(0.0, 0.4))
+        else:
+            n_begun = instants.randint(1, 100)
+            while sum(line[0] == "begin" for line in lines) < n_begun:
+                lines.append(self._next())
+            self._collect(lines, instants.uniform(0.0, 0.005))
+        os.kill(int(pid), 9)
+        while (line := self._next())[0] != "ended":
+            lines.append(line)
+        assert line[1] == "-9", f"the server died by itself: {line[1]}"
+        return list(spans_of(lines))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait(PATIENCE_S) == 0
+        self._reader.join()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            for line in output:
+                self._lines.put(line.split())
+
+    def _next(self) -> list[str]:
+        return self._lines.get(timeout=PATIENCE_S)
+
+    def _collect(self, lines: list[list[str]], seconds: float) -> None:
+        """Add what comes in this time; not a wait, but when to kill."""
+        end_s = monotonic() + seconds
+        with suppress(Empty):
+            while True:
+                wait_s = max(end_s - monotonic(), 0.0)
+                lines.append(self._lines.get(timeout=wait_s))
+
+
+def spans_of(lines: list[list[str]]) -> Iterator[Span]:
+    """Yield what a server was given to apply to RocksDB, in order."""
+    for i, (what, *values) in enumerate(lines):
+        if what == "begin":
+            partition, since, until, n_keys = values
+            after = lines[i + 1] if i + 1 < len(lines) else None
+            assert after is None or after[0] == "end", "a span failed"
+            yield Span(
+                int(partition),
+                Position.parse(since),
+                Position.parse(until),
+                int(n_keys),
+                None if after is None else int(after[1]),
+            )
+
+
+def check_tiling(spans: list[Span], ends: dict[int, Position]) -> int:
+    """Check that each record was written once; return how many spans were cut.
+
+    A span that was cut by a kill may come again as a whole, or not at all.
+    """
+    n_cut = 0
+    for partition, end in ends.items():
+        may_be = {Position(0)}
+        for span in spans:
+            if span.partition != partition:
+                continue
+            assert span.since in may_be, f"{span} does not follow {may_be}"
+            may_be = {span.until}
+            if span.written is None:
+                may_be.add(span.since)
+                n_cut += 1
+            else:
+                assert span.written == span.n_keys, f"{span} was there before"
+        assert end in may_be
+    return n_cut
+
+
+class Deployment:
+    """A server of one table, and its databases as others see them."""
+
+    def __init__(self, root: Path, brokers: str, topic: str, **volatile: Any) -> None:
+        _, name, table = topic.split(".")
+        self.spec = TableSpec(name, table, DIM)
+        options: dict[str, Any] = {"sparse_model_files": [], "write": False}
+        self.config = server_config(
+            root,
+            [model(root, [Table(table, dim=DIM)], name=name, **options)],
+            volatile=volatile,
+            update_source={
+                "type": "kafka",
+                "brokers": brokers,
+                "burst_rows": BURST_ROWS,
+                "receive_buffer_size": 1 << 20,
+            },
+        )
+        self.ps_json = root / "ps.json"
+        self.ps_json.write_text(self.config.model_dump_json(by_alias=True))
+
+    def in_rocksdb(self) -> tuple[dict[int, Position], dict[int, Row]]:
+        """Return positions and rows as a server left them that is gone."""
+        path, tag = self.config.persistent_db.path, self.spec.tag
+        tier = RocksDBTier(path, read_only=True, cache_bytes=1 << 20)
+        try:
+            tier.open_table(self.spec)
+            return tier.positions(tag), as_dict(tier.iterate(tag))
+        finally:
+            tier.close()
+
+    def caught_up(self, ends: dict[int, Position]) -> dict[str, dict[int, Row]]:
+        """Let a server catch up, and return what lookups and its tiers have."""
+        tiers = Wraps(lambda tier: tier)
+        with HPS(self.config, wrap_tier=tiers) as server:
+            wait_for(lambda: reached(server) == ends, PATIENCE_S, what="the end")
+            keys = np.arange(N_KEYS)
+            found = np.zeros(N_KEYS, np.bool_)
+            rows = server.lookup(keys, self.spec.model, self.spec.name, found=found)
+            seen = as_dict([RowBlock(keys[found], rows[found])])
+            held = {
+                name: as_dict(tier.iterate(self.spec.tag))
+                for name, tier in tiers.tiers.items()
+            }
+        return {"lookup": seen, **held}
+
+
+def reached(server: HPS) -> dict[int, Position]:
+    """Return how far a server is in its only stream."""
+    streams = server.updates.stats().streams
+    return {p.partition: p.position for stream in streams for p in stream.partitions}
+
+
+def kill_and_compare(
+    deployment: Deployment,
+    producer: UpdateProducer,
+    replay: Replay,
+    n_kills: int,
+    look: Callable[[], None],
+) -> list[Span]:
+    """Kill servers while a trainer publishes; return what they gave to RocksDB."""
+    instants = random.Random(1)
+    spans: list[Span] = []
+    servers = Servers(deployment.ps_json)
+    try:
+        trainer = Trainer(producer, deployment.spec)
+        for _ in range(n_kills):
+            spans += servers.run_and_kill(instants)
+            positions, rows = deployment.in_rocksdb()
+            replay.advance(positions)
+            assert rows == replay.rows
+            look()
+        trainer.stop()
+    finally:
+        servers.close()
+    return spans
+
+
+def test_killed_servers_neither_lose_nor_repeat_an_update(
+    tmp_path: Path, broker: KafkaBroker, topic: str, report: Callable[[str], None]
+) -> None:
+    broker.create_topic(topic, PARTITIONS)
+    site = Deployment(tmp_path, broker.bootstrap, topic)
+    n_kills = int(KILLS or 30)
+    with (
+        UpdateProducer(broker.bootstrap) as producer,
+        Replay(broker.bootstrap, topic, PARTITIONS) as replay,
+    ):
+        spans = kill_and_compare(site, producer, replay, n_kills, lambda: None)
+        stored, _ = site.in_rocksdb()
+        n_cut = check_tiling(spans, stored)
+        ends = mark_ends(broker.bootstrap, topic, PARTITIONS)
+        held = site.caught_up(ends)
+        replay.advance(ends)
+    assert held.pop("lookup") == replay.rows
+    assert held.pop("rocksdb") == replay.rows
+    (in_host_memory,) = held.values()
+    assert in_host_memory.items() <= replay.rows.items()
+    assert site.in_rocksdb() == (ends, replay.rows)
+    counts = {
+        "spans": len(spans),
+        "sorted files": sum(s.n_keys >= kill_consumer.FILE_ROWS for s in spans),
+        "cut spans": n_cut,
+        "ends within a message": sum(s.until.record > 0 for s in spans),
+        "records": replay.n_records,
+        "deletions": replay.n_deletes,
+        "deleted keys": N_KEYS - len(replay.rows),
+    }
+    line = " ".join(f"{name}={count}" for name, count in counts.items())
+    report(f"{n_kills} kills: {line}")
+    assert min(counts.values()) > 0, counts
