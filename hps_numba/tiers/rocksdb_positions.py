@@ -36,6 +36,13 @@ def read_positions(family: Family | None, tag: str) -> dict[int, Position]:
     return dict(_parsed(key, value, tag) for key, value in family.beyond_rows())
 
 
+def read_position(family: Family | None, partition: int, tag: str) -> Position | None:
+    """Return the position of one partition of the stream, or None."""
+    key, _ = pair_of(partition, Position(0))
+    value = None if family is None else family.get(key)
+    return None if value is None else _parsed(key, value, tag)[1]
+
+
 def is_due(stored: Position | None, span: StreamSpan, tag: str) -> bool:
     """Return whether a span brings anything to a table that is at ``stored``.
 

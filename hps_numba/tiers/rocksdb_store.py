@@ -1,7 +1,7 @@
 """A RocksDB database: column families, atomic batches, sorted files, errors.
 
-With ``rocksdb_family`` all that knows rocksdict. It moves bytes; keys, rows and tables are the
-business of ``hps_numba.tiers.rocksdb``.
+This file and ``rocksdb_family`` alone know rocksdict. They move bytes; keys, rows and
+tables are the business of ``hps_numba.tiers.rocksdb``.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from hps_numba.tiers.rocksdb_positions import (
     is_due,
     pair_of,
     put_positions,
+    read_position,
     read_positions,
 )
 from hps_numba.tiers.rocksdb_rows import (
@@ -104,7 +105,8 @@ class RocksTable:
 
     def apply(self, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
         """Put or delete the keys of a span, with its position; count them."""
-        if not is_due(self.positions().get(span.partition), span, self.spec.tag):
+        tag = self.spec.tag
+        if not is_due(read_position(self.family, span.partition, tag), span, tag):
             return 0
         order = np.argsort(keys)
         n_bytes = rows.nbytes if rows is not None else 0

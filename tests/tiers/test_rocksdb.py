@@ -171,6 +171,10 @@ AFTER_LOAD: dict[str, tuple[Callable[[RocksDBTier], object], bool]] = {
     "delete": (lambda tier: tier.delete(SPEC.tag, KEY), False),
     "evict": (lambda tier: tier.evict(SPEC.tag, KEY), False),
     "evict all": (lambda tier: tier.evict(SPEC.tag), False),
+    "evict all but a position": (
+        lambda tier: (tier.seek(SPEC.tag, {0: Position(1)}), tier.evict(SPEC.tag)),
+        False,
+    ),
     "backfill": (
         lambda tier: tier.backfill(
             SPEC.tag, KEY, filled_rows(SPEC, 1, 2.0), tier.epoch(SPEC.tag)
