@@ -32,14 +32,11 @@ class Applier:
         Which server has what.
     writer
         Sends scripts.
-    confirms
-        Whether replicas have to have a span before it is acknowledged.
     """
 
-    def __init__(self, topology: Topology, writer: Writer, *, confirms: bool) -> None:
+    def __init__(self, topology: Topology, writer: Writer) -> None:
         self._topology = topology
         self._writer = writer
-        self._confirms = confirms
 
     def apply(
         self, table: RedisTable, keys: Keys, rows: Rows | None, span: StreamSpan
@@ -78,7 +75,6 @@ class Applier:
                 b"" if layout.has_hashes else layout.prefixes[p],
                 use or b"",
                 int(counts),
-                int(self._confirms),
             )
             return Unit(p, [command], 1, low, high)
 

@@ -37,7 +37,7 @@ APPLY = (
     + """
 local partition, since, till, buckets = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local puts, prefix, use, counts = ARGV[5] == 'put', ARGV[6], ARGV[7], ARGV[8] == '1'
-local confirms, first, many = ARGV[9] == '1', 10, 2048
+local first, many = 9, 2048
 local stream = redis.call('HGET', KEYS[1], 'stream') or ''
 local known = string.match(stream, ' ' .. partition .. '=(%S+)')
 local done = 1
@@ -65,8 +65,6 @@ if done == 1 and ARGV[first] and KEYS[3] then
 end
 if done == 1 then
   redis.call('HSET', KEYS[1], 'stream', place(stream, partition, till))
-elseif confirms then
-  redis.call('HSET', KEYS[1], 'stream', stream)  -- WAIT waits for one's own writes
 end
 local n_rows = 0
 if counts then n_rows = redis.call('HLEN', prefix == '' and KEYS[2] or KEYS[3]) end
@@ -80,8 +78,8 @@ return {done, seen(KEYS[1], epoch), n_rows}
 KEYS: stamps; rows (any key of the slot, if rows are strings); and, if uses are noted,
 their hash. ARGV: partition of the stream, where the span begins and ends, buckets to
 stamp (none: all), ``put`` or ``drop``, prefix of row keys (empty if rows are fields),
-the use to note, 1 to count rows, and 1 if replicas have to confirm what is answered;
-then the names of rows, each followed by the row if it is put.
+the use to note, and 1 to count rows; then the names of rows, each followed by the row
+if it is put.
 
 Returns what was done, what is seen of the partition, and its rows if they were to be
 counted. A span is ``KNOWN`` if it ends where the partition is or before, and leaves a

@@ -116,8 +116,7 @@ class RedisTier(LastingTier):
         evictor = Evictor(self._topology, self._health, exchange)
         self._overflowing = OverflowWorker(evictor)
         writer = Writer(self._topology, self._health, exchange)
-        confirms = wait_replicas > 0
-        self._applier = Applier(self._topology, writer, confirms=confirms)
+        self._applier = Applier(self._topology, writer)
         changer = Changer(writer, self._applier, self._overflowing, max_batch_size)
         self._changer = changer
         self._lock = threading.Lock()

@@ -233,7 +233,6 @@ class Partition:
             prefix,
             self._use,
             int(counts),
-            b"0",
             *(x for k in keys for x in ((prefix + raw(k), rows[k])[: 1 + puts])),
         )
         known = oracle.stream.get(span.partition)
