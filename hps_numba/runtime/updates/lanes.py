@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from time import monotonic
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hps_numba.kernels.host.frames import gather_records
 from hps_numba.kernels.host.hashing import group_by_partition
-from hps_numba.runtime.updates.frames import HEADER_BYTES, header
+from hps_numba.runtime.updates.frames import HEADER_BYTES, RawRows, header
 from hps_numba.runtime.updates.outbox import Parcel
-from hps_numba.types import Keys, Rows
+from hps_numba.types import Keys
 
 # What a message takes beside its frame: the head of a batch, and that of a record.
 OVERHEAD_BYTES = 128
-_PACK_BYTES = 4 << 20  # of records packed at once, so that a large send needs no copy
+_GROUP_KEYS = 1 << 16  # keys grouped at once; their order then stays in the CPU's cache
 
 
 class Lane:
@@ -33,65 +34,76 @@ class Lane:
         self.n_records = 0
         self._max_bytes = message_bytes - OVERHEAD_BYTES
         self._row_bytes = 0
-        self._frame = bytearray()
+        self._used = 0
+        self._frame = np.empty(0, np.uint8)
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes that wait."""
-        return len(self._frame)
+    def held_bytes(self) -> int:
+        """Bytes of memory that the lane has for its messages."""
+        return self._frame.size
 
-    def takes(self, row_bytes: int, record_bytes: int) -> int:
-        """Return how many records of a kind have room here; 0 asks to ship first."""
-        if not self.n_records:
-            return (self._max_bytes - HEADER_BYTES) // record_bytes
-        if row_bytes != self._row_bytes:
+    def room(self, row_bytes: int) -> int:
+        """Return how many records of a kind fit in; 0 asks to ship first."""
+        if self.n_records and row_bytes != self._row_bytes:
             return 0
-        return (self._max_bytes - len(self._frame)) // record_bytes
+        used = self._used or HEADER_BYTES
+        return (self._max_bytes - used) // (8 + row_bytes)
 
-    def add(self, records: memoryview, n_records: int, row_bytes: int) -> None:
-        """Add packed records, for which there is room."""
+    def add(self, keys: Keys, raw_rows: RawRows, picked: NDArray[np.int64]) -> None:
+        """Add the records at some positions, for which there is room."""
         if not self.n_records:
-            self.born_s = monotonic()
-            self._row_bytes = row_bytes
-            self._frame += header(row_bytes)
-        self._frame += records
-        self.n_records += n_records
+            self._begin(raw_rows.shape[1])
+        end = self._used + len(picked) * (8 + self._row_bytes)
+        self._reserve(end)
+        gather_records(keys, raw_rows, picked, self._frame[self._used : end])
+        self._used = end
+        self.n_records += len(picked)
 
     def parcel(self) -> Parcel:
         """Return the message as it is now."""
-        return Parcel(
-            self.topic,
-            self.partition,
-            bytes(self._frame),
-            self.n_records,
-            not self._row_bytes,
-        )
+        frame = self._frame[: self._used].tobytes()
+        is_delete = not self._row_bytes
+        return Parcel(self.topic, self.partition, frame, self.n_records, is_delete)
 
     def clear(self) -> None:
-        """Begin the next message."""
-        self._frame = bytearray()
-        self.n_records = 0
+        """Begin the next message, in the same memory."""
+        self._used = self.n_records = 0
+
+    def release(self) -> None:
+        """Give the memory of an empty lane back."""
+        assert not self.n_records
+        self._frame = np.empty(0, np.uint8)
+
+    def _begin(self, row_bytes: int) -> None:
+        self.born_s = monotonic()
+        self._row_bytes = row_bytes
+        self._reserve(HEADER_BYTES)
+        self._used = HEADER_BYTES
+        self._frame[:HEADER_BYTES] = np.frombuffer(header(row_bytes), np.uint8)
+
+    def _reserve(self, n_bytes: int) -> None:
+        """Make the memory larger if it must be; by half at least, as it will go on."""
+        if n_bytes > self._frame.size:
+            grown = max(n_bytes, self._frame.size * 3 // 2)
+            frame = np.empty(min(grown, self._max_bytes), np.uint8)
+            frame[: self._used] = self._frame[: self._used]
+            self._frame = frame
 
 
 def spread(
-    keys: Keys, rows: Rows | None, lanes: list[Lane], num_partitions: int
-) -> Iterator[tuple[Lane, memoryview, int]]:
-    """Yield packed records for the lanes that they belong to, in order of each key.
+    keys: Keys, lanes: list[Lane], num_partitions: int
+) -> Iterator[tuple[Lane, NDArray[np.int64]]]:
+    """Yield lanes, and the positions of keys that belong there, in order of each key.
 
     A key's group is its hash modulo ``num_partitions``, and a group's lane its number
     modulo the number of lanes, as HPS has it.
     """
-    raw = np.empty((len(keys), 0), np.uint8) if rows is None else rows.view(np.uint8)
-    record_bytes = keys.itemsize + raw.shape[1]
-    step = max(1, _PACK_BYTES // record_bytes)
-    for start in range(0, len(keys), step):
-        some = keys[start : start + step]
+    for start in range(0, len(keys), _GROUP_KEYS):
+        some = keys[start : start + _GROUP_KEYS]
         order, bounds = group_by_partition(some, num_partitions)
-        records = np.empty(len(some) * record_bytes, np.uint8)
-        gather_records(some, raw[start : start + step], order, records)
-        packed = records.data
+        order += start
+        ends = bounds.tolist()
         for group in range(num_partitions):
-            begin, end = int(bounds[group]), int(bounds[group + 1])
-            if begin < end:
-                part = packed[begin * record_bytes : end * record_bytes]
-                yield lanes[group % len(lanes)], part, end - begin
+            if ends[group] < ends[group + 1]:
+                picked = order[ends[group] : ends[group + 1]]
+                yield lanes[group % len(lanes)], picked

@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
 from hps_numba.errors import ClosedError, ConfigError, UpdateSourceError
 from hps_numba.runtime.arrays import as_keys, as_rows
-from hps_numba.runtime.updates.frames import HEADER_BYTES
+from hps_numba.runtime.updates.frames import HEADER_BYTES, RawRows
 from hps_numba.runtime.updates.lanes import OVERHEAD_BYTES, Lane, spread
 from hps_numba.runtime.updates.outbox import Outbox, ProducerStats
 from hps_numba.types import Keys, RowDtype, Rows, TableSpec
@@ -94,7 +94,7 @@ class UpdateProducer:
         self._num_partitions = num_partitions
         self._message_bytes = message_bytes
         self._linger_s = linger_ms / 1000
-        self._max_filling_bytes = queue_bytes // 2
+        self._max_held_bytes = queue_bytes // 2
         self._timeout_s = timeout_s
         self._pid = os.getpid()
         ours = {
@@ -109,6 +109,7 @@ class UpdateProducer:
         # Guarded by _lock. A lane's records are put in the order in which they came.
         self._lanes: dict[str, list[Lane]] = {}
         self._dims: dict[str, int] = {}
+        self._held_bytes = 0  # of all lanes
         self._closed = False
         self._filling = threading.Event()  # whether a lane may have records
         self._closing = threading.Event()
@@ -237,36 +238,35 @@ class UpdateProducer:
 
     def _submit(self, topic: str, keys: Keys, rows: Rows | None) -> None:
         """Give records to their lanes, and ship what is full."""
-        row_bytes = 0 if rows is None else rows.shape[1] * rows.itemsize
+        raw = np.empty((len(keys), 0), np.uint8) if rows is None else rows.view("u1")
         deadline = self._deadline(None)
         with self._turn():
             self._outbox.raise_losses()
             lanes = self._lanes_of(topic)
-            for lane, packed, n in spread(keys, rows, lanes, self._num_partitions):
-                self._add(lane, packed, n, row_bytes, deadline)
-                if sum(each.n_bytes for each in lanes) > self._max_filling_bytes:
-                    self._ship(lanes, deadline)
+            for lane, picked in spread(keys, lanes, self._num_partitions):
+                self._add(lane, keys, raw, picked, deadline)
         self._filling.set()
 
     def _add(
         self,
         lane: Lane,
-        packed: memoryview,
-        n_records: int,
-        row_bytes: int,
+        keys: Keys,
+        raw_rows: RawRows,
+        picked: NDArray[np.int64],
         deadline: float,
     ) -> None:
-        """Fill a lane's messages one by one with packed records."""
-        width = len(packed) // n_records
-        begin = 0
-        while begin < n_records:
-            end = min(n_records, begin + lane.takes(row_bytes, width))
-            if begin == end:
+        """Fill a lane's messages one by one with the records at some positions."""
+        while len(picked):
+            n = lane.room(raw_rows.shape[1])
+            if not n:
                 self._ship([lane], deadline)
                 continue
-            part = packed[begin * width : end * width]
-            lane.add(part, end - begin, row_bytes)
-            begin = end
+            held_bytes = lane.held_bytes
+            lane.add(keys, raw_rows, picked[:n])
+            picked = picked[n:]
+            self._held_bytes += lane.held_bytes - held_bytes
+            if self._held_bytes > self._max_held_bytes:
+                self._ship_and_release(deadline)
 
     def _ship(self, lanes: list[Lane], deadline: float) -> None:
         """Put the messages of lanes, as far as they have any, into the outbox."""
@@ -274,6 +274,14 @@ class UpdateProducer:
             if lane.n_records:
                 self._outbox.put(lane.parcel(), deadline)
                 lane.clear()
+
+    def _ship_and_release(self, deadline: float) -> None:
+        """Give the memory of all lanes back, which may be those of many topics."""
+        lanes = self._all_lanes()
+        self._ship(lanes, deadline)
+        for lane in lanes:
+            lane.release()
+        self._held_bytes = 0
 
     def _ship_when_due(self) -> None:
         """Ship what waits for longer than the linger time, until the end."""

@@ -450,6 +450,21 @@ def test_sends_wait_for_brokers_that_do_not_keep_up_and_then_fail() -> None:
             producer.close()
 
 
+def test_what_waits_to_fill_up_is_bounded_over_all_tables() -> None:
+    topics = {f"hps_et.m.t{number}": 1 for number in range(10)}
+    with FaultyKafka(topics) as kafka:
+        with UpdateProducer(
+            kafka.bootstrap, message_bytes=20_000, queue_bytes=100_000, linger_ms=1e6
+        ) as producer:
+            for number in range(10):
+                rows = some_rows(100, dim=28)  # 12,000 bytes with their keys
+                producer.send("m", f"t{number}", np.arange(100), rows)
+            waiting = 10 * 100 - 50_000 // 120
+            wait_for(lambda: producer.stats().rows >= waiting, what="acknowledgements")
+        for topic in topics:
+            assert len(replay(read(kafka.bootstrap, topic, 100))) == 100
+
+
 def test_a_topic_that_does_not_appear_says_how_to_create_it() -> None:
     unknown = KafkaError.UNKNOWN_TOPIC_OR_PART
     with (
