@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -316,6 +318,22 @@ class StreamContract(TierSuite):
         for call in calls:
             with pytest.raises(UnknownTableError):
                 call()
+
+    def test_two_readers_of_a_stream_apply_it_once(
+        self, stream_tier: LastingTier
+    ) -> None:
+        """Which of the two brings a span does not matter."""
+        start = threading.Barrier(2, timeout=60)
+
+        def read(_: int) -> int:
+            start.wait()
+            return sum(put(stream_tier, KEYS, i, span(i, i + 1)) for i in range(40))
+
+        stream_tier.seek(SPEC.tag, {0: Position(0)})
+        with ThreadPoolExecutor(2) as pool:
+            assert sum(pool.map(read, range(2))) == 40 * KEYS.size
+        assert_values(stream_tier, KEYS, 39)
+        assert stream_tier.positions(SPEC.tag) == {0: Position(40)}
 
     def test_random_spans_leave_what_a_replay_leaves(
         self, stream_tier: LastingTier, tmp_path: Path
