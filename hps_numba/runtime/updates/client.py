@@ -17,7 +17,27 @@ QUERY_TIMEOUT_S = 10.0  # unless socket.timeout.ms is configured
 _MAX_BYTES = 1_000_000_000  # of librdkafka's settings
 _MAX_REFRESH_MS = 3_600_000
 _FETCH_BYTES = 1 << 20  # of one stream partition at a time, as librdkafka's default
+# What librdkafka writes with each attempt to connect; troubles of a source tell once.
+_REPEATED = frozenset({"ERROR", "FAIL", "REQTMOUT", "COMMITFAIL"})
 _OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
+
+
+class ClientLog:
+    """Brings what librdkafka writes to the log of this package, and keeps the last why.
+
+    Its error callback does not tell of every failure to connect; its log does.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        """Why the last attempt to connect failed."""
+
+    def log(self, level: int, text: str, facility: str, name: str, line: str) -> None:
+        """Write a line; librdkafka calls it in a poll."""
+        if facility == "FAIL":
+            self.reason = line.partition("]: ")[2] or line
+        level = logging.DEBUG if facility in _REPEATED else level
+        logger.log(level, text, facility, name, line)
 
 
 def consumer_settings(params: UpdateSourceParams, group: str) -> dict[str, Any]:
@@ -27,7 +47,11 @@ def consumer_settings(params: UpdateSourceParams, group: str) -> dict[str, Any]:
         "group.id": group,
         "client.id": group,
         "socket.timeout.ms": int(QUERY_TIMEOUT_S * 1e3),
+        "socket.connection.setup.timeout.ms": int(QUERY_TIMEOUT_S / 2 * 1e3),
         "reconnect.backoff.max.ms": 1000,
+        # No group is joined: it is how long a commit waits for a broker.
+        "session.timeout.ms": 2000,
+        "heartbeat.interval.ms": 1000,
         "topic.metadata.refresh.interval.ms": min(
             params.metadata_refresh_interval_ms, _MAX_REFRESH_MS
         ),
@@ -51,7 +75,9 @@ def consumer_settings(params: UpdateSourceParams, group: str) -> dict[str, Any]:
     return {**defaults, **params.kafka.plain(), **own}
 
 
-def new_consumer(settings: dict[str, Any], **callbacks: Any) -> Consumer:
+def new_consumer(
+    settings: dict[str, Any], log: ClientLog, **callbacks: Any
+) -> Consumer:
     """Return a consumer.
 
     Raises
@@ -60,7 +86,7 @@ def new_consumer(settings: dict[str, Any], **callbacks: Any) -> Consumer:
         If librdkafka refuses a setting.
     """
     try:
-        return Consumer({**settings, **callbacks}, logger=logger)
+        return Consumer({**settings, **callbacks}, logger=log)
     except KafkaException as exc:
         error = exc.args[0]
         reason = error.str() if isinstance(error, KafkaError) else str(error)
@@ -87,10 +113,10 @@ def real_end(
         If no fetch was answered in time.
     """
     # Not the source's own consumer: messages of other partitions would come as well.
-    consumer = new_consumer({**settings, "fetch.wait.max.ms": 10})
+    log = ClientLog()
+    consumer = new_consumer({**settings, "fetch.wait.max.ms": 10}, log)
     where = TopicPartition(topic, partition, offset)
     deadline = monotonic() + timeout_s
-    reason = ""
     try:
         consumer.assign([where])
         while monotonic() < deadline:
@@ -99,7 +125,7 @@ def real_end(
             if error is not None and error.code() in _OUT_OF_RANGE:
                 return None
             if error is not None:
-                reason = f": {error.str()}"
+                log.reason = error.str()
             end = consumer.get_watermark_offsets(where, cached=True)[1]
             if end >= 0:
                 return int(end)
@@ -108,5 +134,6 @@ def real_end(
     finally:
         consumer.close()
     raise UpdateSourceError(
-        f"the end of {topic}[{partition}] is not known after {timeout_s:g} s{reason}"
+        f"the end of {topic}[{partition}] is not known after {timeout_s:g} s; "
+        f"{log.reason}"
     )

@@ -24,6 +24,7 @@ from hps_numba.config import UpdateSourceParams
 from hps_numba.config.enums import InitialOffset, OffsetReset
 from hps_numba.errors import ClosedError, UpdateSourceError
 from hps_numba.runtime.updates.client import (
+    ClientLog,
     consumer_settings,
     new_consumer,
     real_end,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _BATCH_BYTES = 1 << 20  # taken from librdkafka's queue at once, about
 _BATCH_MESSAGES = 256
 _WATCH_S = 1.0  # between two looks at whether a partition has become shorter
+_HEAR_S = 0.05
+_LAST_COMMIT_S = 1.0
 _KINDS = {
     KafkaError._ALL_BROKERS_DOWN: TroubleKind.DISCONNECTED,
     KafkaError._AUTO_OFFSET_RESET: TroubleKind.OUT_OF_RANGE,
@@ -81,16 +84,17 @@ class KafkaSource:
     def __init__(self, params: UpdateSourceParams, *, group: str) -> None:
         self._params = params
         self._settings = consumer_settings(params, group)
+        self._log = ClientLog()
         self._consumer: Any = new_consumer(
-            self._settings, error_cb=self._failed, on_commit=_committed
+            self._settings, self._log, error_cb=self._failed, on_commit=self._committed
         )
         self._timeout_s = float(self._settings["socket.timeout.ms"]) / 1e3
         self._ready: deque[Any] = deque()
         self._troubles: deque[Trouble] = deque()
         self._next: dict[_PartitionId, int] = {}  # what is read, and the next offset
         self._watch_s = 0.0
-        self._connected = True
-        self._reason = ""  # of the last trouble with a broker
+        self._told: set[TroubleKind] = set()  # since a broker answered
+        self._n_commits = 0  # on their way
         self._closing = threading.Lock()
         self._closed = False  # guarded by _closing, for those of other threads
 
@@ -101,7 +105,7 @@ class KafkaSource:
         except KafkaException as exc:
             self._hear()
             what = f"{self._params.brokers} does not tell its topics"
-            raise source_error(what, exc.args[0], self._reason) from exc
+            raise source_error(what, exc.args[0], self._log.reason) from exc
         self._answered()
         return {
             name: tuple(sorted(topic.partitions))
@@ -119,11 +123,11 @@ class KafkaSource:
             found = self._open().get_watermark_offsets(where, timeout=self._timeout_s)
         except KafkaException as exc:
             what = f"the ends of {topic}[{partition}]"
-            raise source_error(what, exc.args[0], self._reason) from exc
+            raise source_error(what, exc.args[0], self._log.reason) from exc
         if found is None:
             raise UpdateSourceError(
                 f"the ends of {topic}[{partition}] are not known after "
-                f"{self._timeout_s:g} s; {self._reason}"
+                f"{self._timeout_s:g} s; {self._log.reason}"
             )
         return int(found[0]), int(found[1])
 
@@ -146,7 +150,7 @@ class KafkaSource:
             (found,) = self._open().offsets_for_times([where], timeout=self._timeout_s)
         except KafkaException as exc:
             what = f"the offset of a time in {topic}[{partition}]"
-            raise source_error(what, exc.args[0], self._reason) from exc
+            raise source_error(what, exc.args[0], self._log.reason) from exc
         if found.error is not None:
             raise source_error(f"the offset of a time in {found}", found.error)
         if found.offset >= 0:
@@ -204,6 +208,7 @@ class KafkaSource:
         where = TopicPartition(topic, partition, offset)
         try:
             consumer.incremental_assign([where])
+            consumer.resume([where])  # librdkafka remembers a pause across assignments
         except KafkaException as exc:
             raise source_error(f"reading {topic}[{partition}]", exc.args[0]) from exc
         self._next[topic, partition] = offset
@@ -254,18 +259,25 @@ class KafkaSource:
         what = [TopicPartition(*key, offset) for key, offset in offsets.items()]
         try:
             self._open().commit(offsets=what, asynchronous=True)
+            self._n_commits += 1
         except KafkaException as exc:
             logger.warning("offsets are not committed: %s", exc.args[0].str())
 
     def close(self) -> None:
-        """Disconnect; twice does nothing."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
+        """Disconnect, once commits have arrived or did not in a second.
+
+        Twice does nothing.
+        """
+        deadline = monotonic() + _LAST_COMMIT_S
+        while self._n_commits and not self._closed and monotonic() < deadline:
+            self._consumer.poll(_LAST_COMMIT_S / 100)
         self._ready.clear()
         self._next.clear()
-        self._consumer.close()
+        with self._closing:
+            self._closed = True
+            # Its own close() leaves the group, where we are not, and waits for commits
+            # as long as no broker takes them, be it forever. Its end does neither.
+            self._consumer = None
 
     def _open(self) -> Any:
         if self._closed:
@@ -316,40 +328,42 @@ class KafkaSource:
         kind = _KINDS.get(error.code(), TroubleKind.OTHER)
         if error.fatal():
             kind = TroubleKind.FATAL
-        return Trouble(
-            kind,
-            topic or "",
-            -1 if partition is None else partition,
-            f"{error.str()} ({error.name()})",
-        )
+        text = f"{error.str()} ({error.name()})"
+        if self._log.reason and kind is TroubleKind.DISCONNECTED:
+            text += f"; {self._log.reason}"
+        return Trouble(kind, topic or "", -1 if partition is None else partition, text)
 
     def _failed(self, error: KafkaError) -> None:
         """Note an error of a broker or of the client; librdkafka calls it in a poll."""
-        if error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self._reason = error.str()
-        trouble = self._trouble(error)
-        if trouble.kind is TroubleKind.DISCONNECTED:
-            if not self._connected:
-                return
-            self._connected = False
-            trouble = Trouble(trouble.kind, "", -1, f"{trouble.text}; {self._reason}")
-        elif trouble.kind is TroubleKind.OTHER and not error.fatal():
+        text = error.str()
+        of = (key for key in self._next if text.startswith(f"{key[0]} [{key[1]}]"))
+        trouble = self._trouble(error, *next(of, ("", -1)))
+        if trouble.kind is TroubleKind.OTHER:
             return  # of one broker or connection; librdkafka tries again by itself
+        if trouble.kind in (TroubleKind.DISCONNECTED, TroubleKind.DENIED):
+            if trouble.kind in self._told:
+                return
+            self._told.add(trouble.kind)
         self._troubles.append(trouble)
 
     def _answered(self) -> None:
-        if not self._connected:
-            self._connected = True
-            self._troubles.append(
-                Trouble(TroubleKind.CONNECTED, "", -1, TroubleKind.CONNECTED.value)
-            )
+        self._log.reason = ""
+        if TroubleKind.DISCONNECTED in self._told:
+            connected = TroubleKind.CONNECTED
+            self._troubles.append(Trouble(connected, "", -1, connected.value))
+        self._told.clear()
+
+    def _committed(self, error: KafkaError | None, _: list[TopicPartition]) -> None:
+        """Note the end of a commit; librdkafka calls it in a poll."""
+        self._n_commits -= 1
+        if error is not None:
+            logger.warning("offsets are not committed: %s", error.str())
 
     def _hear(self) -> None:
         """Let librdkafka tell why nobody answers, as long as no messages come too."""
-        if not self._next:
-            message = self._consumer.poll(0)
-            if message is not None and message.error() is not None:
-                self._reason = message.error().str()
+        deadline = monotonic() + _HEAR_S
+        while not self._next and monotonic() < deadline:
+            self._consumer.poll(_HEAR_S / 10)  # each serves one callback
 
     def _watch(self) -> None:
         """Notice partitions that end before what is to be read next.
@@ -366,8 +380,3 @@ class KafkaSource:
                 text = f"the partition ends at {end}, before the next offset, {offset}"
                 trouble = Trouble(TroubleKind.OUT_OF_RANGE, topic, partition, text)
                 self._troubles.append(trouble)
-
-
-def _committed(error: KafkaError | None, offsets: list[TopicPartition]) -> None:
-    if error is not None:
-        logger.warning("offsets are not committed: %s", error.str())

@@ -63,7 +63,7 @@ def test_a_position_at_the_end_waits_for_the_next_message(
     assert [m.offset for m in messages(source, 1)] == [10]
 
 
-# Of a message that was applied in part, the rest must be there: 10:1 needs an offset 10.
+# The rest of a message that was applied in part must be there: 10:1 needs offset 10.
 @pytest.mark.parametrize("stored", [Position(11), Position(10, 1), Position(2**40)])
 @pytest.mark.parametrize(("policy", "offset"), POLICIES)
 def test_a_position_beyond_the_end_is_reset(
