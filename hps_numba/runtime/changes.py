@@ -52,10 +52,10 @@ class StreamChange(Change):
     def evicts_first(self, tier: Tier) -> bool:
         """Whether an upper tier loses the keys before a tier below is written.
 
-        One that servers share keeps them: the others would read their own databases,
-        which may be behind.
+        Those that follow the stream keep serving the old rows until they are given the
+        new ones, however many come a second.
         """
-        return tier not in self.into or not isinstance(tier, LastingTier)
+        return tier not in self.into
 
     def write(self, tier: Tier, tag: str, *, newest: bool) -> bool:
         """Write a tier, and return whether its rows are these."""

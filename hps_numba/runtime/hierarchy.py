@@ -191,6 +191,8 @@ class Hierarchy(TableWriter):
             with self._turns.of(tier, chunk):
                 hits = self._ask(tier, flight, flight.rows, asked, chunk)
             self._turns.note(tier, asked, hits)
+            if level:
+                self._wait_for_change(flight.keys)
             n_found += hits
             self.counters.add_use(tier.name, asked, hits)
             if hits and self._backfills is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,15 @@ class TableWriter:
 
     Notes
     -----
-    Thread-safe. *No resurrection:* a write holds its keys in every upper tier and
-    evicts them there, writes upwards, and takes them off the in-flight register after
-    each tier; caches above the tiers come last. So a row read before the write can
-    neither be backfilled nor be handed to a lookup that begins after the write was
-    acknowledged; and once one lookup below the caches returned the new row, none that
-    begins later returns an old one.
+    Thread-safe. *No resurrection:* a write holds its keys in every upper tier, writes
+    upwards, and takes them off the in-flight register after each tier; caches above the
+    tiers come last. So a row read before the write can neither be backfilled nor be
+    handed to a lookup that begins after the write was acknowledged.
+
+    Once one lookup below the caches returned the new row, none that begins later
+    returns an old one: an update evicts its keys from upper tiers before it writes; a
+    stream does not, and a lookup that read its keys from a lower tier waits until it
+    has written the upper ones.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TableWriter:
         self._in_flight = in_flight
         self._write_rows = write_rows
         self._write_lock = threading.Lock()  # one update at a time, in all tiers
+        self._changing: tuple[Keys, threading.Event] | None = None
 
     def update(self, keys: Keys, rows: Rows) -> None:
         """Write the newest rows of unique keys to all tiers, the last one first.
@@ -96,7 +100,7 @@ class TableWriter:
         TierError, CacheError, DeviceError
             If it could not be written everywhere; the call may be repeated.
         """
-        with self._write_lock:
+        with self._write_lock, self._announced(keys):
             self._write_part(StreamChange(keys, rows, span, into))
         if rows is None:
             self.counters.add(deleted_keys=keys.size)
@@ -209,10 +213,10 @@ class TableWriter:
             with ExitStack() as holds:
                 for tier in self.tiers[:-1]:
                     holds.enter_context(tier.hold(tag, keys))
-                    # From here on lookups of tiers get these rows from the last one, so
-                    # that none sees an old row after another saw the new one.
                     if change.evicts_first(tier):
                         tier.evict(tag, keys)
+                    elif tier.local:  # or old rows would stay above new ones
+                        stack.callback(tier.evict, tag, keys)
                 for tier in reversed(self.tiers):
                     newest = change.write(tier, tag, newest=newest)
                     self.forget_flights(keys)
@@ -222,6 +226,29 @@ class TableWriter:
                 else:
                     cache.update(keys, change.rows)
             stack.pop_all()
+
+    @contextmanager
+    def _announced(self, keys: Keys) -> Iterator[None]:
+        """Let lookups wait that find new rows of these keys before all tiers do."""
+        done = self._new_event()
+        self._changing = keys, done
+        try:
+            yield
+        finally:
+            done.set()
+            self._changing = None
+
+    def _wait_for_change(self, keys: Keys) -> None:
+        """Wait until a change of one of these keys, if there is one, is everywhere.
+
+        For who has read them from a tier that others lie above.
+        """
+        changing = self._changing
+        if changing is not None and np.isin(keys, changing[0]).any():
+            changing[1].wait()
+
+    def _new_event(self) -> threading.Event:
+        return threading.Event()
 
     def _count_updated(self, rows: Rows) -> None:
         finite = np.isfinite(rows).all(axis=1)

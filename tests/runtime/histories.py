@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from hps_numba.errors import UpdateError
+from hps_numba.errors import TierError, UpdateError
 from hps_numba.runtime.backfill import Backfill
 from hps_numba.runtime.chunk import Chunk
 from hps_numba.runtime.hierarchy import Hierarchy
 from hps_numba.runtime.inflight import _REGISTER, Boarding, Flight, InFlight
 from hps_numba.tiers.base import Tier
 from hps_numba.tiers.host import HostTier
-from hps_numba.types import FailureMode, Keys, RowBlock, Rows, TableSpec
+from hps_numba.types import (
+    FailureMode,
+    Keys,
+    Position,
+    RowBlock,
+    Rows,
+    StreamSpan,
+    TableSpec,
+)
 from tests.support.gates import Scheduler, SteppedEvent, SteppedLock
 from tests.support.orders import Footprint
 from tests.support.wrappers import FailingTier, SteppedTier
@@ -75,6 +83,8 @@ class Stage:
         Makes the tiers above the lowest one.
     hierarchy, register, queue
         Parts to use, such as ones with a planted fault.
+    streams
+        Whether what an update stream does has stop points of its own.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class Stage:
         hierarchy: type[Hierarchy] = Hierarchy,
         register: type[SteppedInFlight] | None = None,
         queue: type[SteppedBackfills] | None = None,
+        streams: bool = False,
     ) -> None:
         self.threads = threads
         self.scheduler = Scheduler(threads)
@@ -103,6 +114,23 @@ class Stage:
         )
         self.register = (register or SteppedInFlight)(SPEC, self)
         self.table._in_flight = self.register
+        if streams:
+            self._step_changes()
+
+    def _step_changes(self) -> None:
+        """Stop where a stream announces a change, ends it, or is looked at."""
+        look = self.table._wait_for_change
+
+        def new_event() -> SteppedEvent:
+            self.point("change.begin")
+            return Changed(self.scheduler, "change.wait")
+
+        def wait_for_change(keys: Keys) -> None:
+            self.point("change.look")
+            look(keys)
+
+        self.table._new_event = new_event  # type: ignore[assignment,method-assign]
+        self.table._wait_for_change = wait_for_change  # type: ignore[method-assign]
 
     def point(self, label: str) -> None:
         """Stop the calling task of the present history."""
@@ -125,6 +153,14 @@ class Stage:
             tier.inner.evict(SPEC.tag)
             if warm or tier is self.tiers[-1]:
                 tier.inner.insert(SPEC.tag, KEY, row(FIRST))
+
+
+class Changed(SteppedEvent):
+    """The end of a change, which is a step."""
+
+    def set(self) -> None:
+        self._scheduler.point("change.end")
+        super().set()
 
 
 class SteppedInFlight(InFlight):
@@ -190,11 +226,18 @@ def footprint(label: str) -> Footprint:
 _FOOTPRINTS = {
     "begin": Footprint(reads=frozenset({"ended"})),
     "end": Footprint(adds=frozenset({"ended"})),
+    "end and look": Footprint(
+        reads=frozenset({"host", "upper"}), adds=frozenset({"ended"})
+    ),
     "lock.acquire": Footprint(writes=frozenset({"lock"})),
     "register.board": Footprint(writes=frozenset({"register"})),
     "register.land": Footprint(adds=frozenset({"register", "landed"})),
     "register.invalidate": Footprint(adds=frozenset({"register"})),
     "flight.wait": Footprint(waits=frozenset({"landed"})),
+    "change.begin": Footprint(writes=frozenset({"change"})),
+    "change.look": Footprint(reads=frozenset({"change"})),
+    "change.end": Footprint(writes=frozenset({"change"}), adds=frozenset({"changed"})),
+    "change.wait": Footprint(waits=frozenset({"changed"})),
 }
 
 
@@ -241,12 +284,27 @@ class History:
         for name in names:
             self.scheduler.spawn(name, lambda n=name: self._look_up(n), label="begin")
 
+    def probed_lookup(self, name: str) -> None:
+        """Add a lookup, with another one of upper tiers as soon as it has ended."""
+        self.scheduler.spawn(
+            name, lambda: self._look_up(name, probe=True), label="begin"
+        )
+
     def update(self, *versions: int) -> None:
         """Add updates to these versions."""
         for version in versions:
             self.scheduler.spawn(
                 f"update {version}", lambda v=version: self._update(v), label="begin"
             )
+
+    def stream(self, *versions: int) -> None:
+        """Add spans of an update stream, applied by one task in their order."""
+        self.scheduler.spawn("stream", lambda: self._stream(versions), label="begin")
+
+    def failing_stream(self, version: int, *, late: bool = False) -> None:
+        """Add a span that the lowest tier fails once, ``late``: after it applied it."""
+        self._stage.breaking.fail("insert", late=late)
+        self.stream(version)
 
     def failing_update(self, version: int, *, late: bool = False) -> None:
         """Add an update that the lowest tier fails, ``late``: after it applied it."""
@@ -264,6 +322,16 @@ class History:
             "evict",
             lambda: first.inner.evict(SPEC.tag, KEY),
             label=f"{first.name}.evict",
+        )
+
+    def backfill(self) -> None:
+        """Add the backfill of a lookup that read the first row before all else."""
+        first = self._stage.tiers[0]
+        epoch = first.inner.epoch(SPEC.tag)
+        self.scheduler.spawn(
+            "backfill",
+            lambda: first.inner.backfill(SPEC.tag, KEY, row(FIRST), epoch),
+            label=f"{first.name}.backfill",
         )
 
     def refresh(self) -> None:
@@ -293,16 +361,20 @@ class History:
         """Return what each lookup saw."""
         return tuple(sorted((x.task, x.version) for x in self._lookups))
 
-    def _look_up(self, name: str) -> None:
+    def _look_up(self, name: str, *, probe: bool = False) -> None:
         begin = self._tick()
         chunk = Chunk(KEY, np.zeros((1, SPEC.dim), np.float32), np.zeros(1, np.bool_))
         self._stage.table.ask_local(chunk)
         self._stage.table.ask_remote(chunk)
-        self.scheduler.point("end")
+        self.scheduler.point("end and look" if probe else "end")
         assert chunk.out[0, 0] == chunk.out[0, 1]
         version = int(chunk.out[0, 0])
         assert chunk.found[0] == (version != DELETED)
         self._lookups.append(Lookup(name, version, begin, self._tick()))
+        held = [_held(tier.inner) for tier in self._stage.tiers[:-1]] if probe else []
+        for above in [v for v in held if v is not None]:
+            begin = self._tick()
+            self._lookups.append(Lookup(f"{name} again", above, begin, self._tick()))
 
     def _update(self, version: int) -> None:
         try:
@@ -310,6 +382,16 @@ class History:
         except UpdateError:
             return
         self._acknowledge(version)
+
+    def _stream(self, versions: Sequence[int]) -> None:
+        into = self._stage.tiers
+        for i, version in enumerate(versions):
+            span = StreamSpan(0, Position(i), Position(i + 1))
+            try:
+                self._stage.table.apply(KEY, row(version), span, into)
+            except TierError:
+                return
+            self._acknowledge(version)
 
     def _delete(self) -> None:
         self._stage.table.delete(KEY)

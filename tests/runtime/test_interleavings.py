@@ -43,6 +43,7 @@ class Case:
     add: Callable[[History], object]
     uppers: tuple[type[Tier], ...] = HOST
     warm: bool = False
+    streams: bool = False
 
     def __str__(self) -> str:
         above = "+".join(tier.name for tier in self.uppers) or "nothing"
@@ -120,6 +121,38 @@ def lookup_update_refresh_evict(h: History) -> None:
     h.evict()
 
 
+def lookup_stream_evict(h: History) -> None:
+    h.lookup("a")
+    h.stream(2)
+    h.evict()
+
+
+def two_lookups_stream(h: History) -> None:
+    h.lookup("a", "b")
+    h.stream(2)
+
+
+def probed_lookup_stream_backfill(h: History) -> None:
+    h.probed_lookup("a")
+    h.stream(2)
+    h.backfill()
+
+
+def two_lookups_stream_that_fails(h: History) -> None:
+    h.lookup("a", "b")
+    h.failing_stream(2)
+
+
+def two_lookups_stream_that_fails_late(h: History) -> None:
+    h.lookup("a", "b")
+    h.failing_stream(2, late=True)
+
+
+def lookup_two_spans(h: History) -> None:
+    h.lookup("a")
+    h.stream(2, 3)
+
+
 CASES = [
     Case("lookup, update, evict", lookup_update_evict),
     Case("lookup, update, evict", lookup_update_evict, warm=True),
@@ -136,10 +169,29 @@ CASES = [
     Case("two lookups, failing update", two_lookups_update_that_fails_late, warm=True),
     Case("lookup, two updates", lookup_two_updates),
     Case("lookup, update", lookup_update, ALL, warm=True),
+    Case("lookup, stream, evict", lookup_stream_evict, streams=True),
+    Case("lookup, stream, evict", lookup_stream_evict, warm=True, streams=True),
+    Case("two lookups, stream", two_lookups_stream, warm=True, streams=True),
+    Case("two lookups, stream", two_lookups_stream, UPPER, warm=True, streams=True),
+    Case(
+        "two lookups, failing stream",
+        two_lookups_stream_that_fails_late,
+        warm=True,
+        streams=True,
+    ),
+    Case("lookup, two spans", lookup_two_spans, streams=True),
+    Case("lookup, stream, backfill", probed_lookup_stream_backfill, streams=True),
+    Case(
+        "lookup, stream, backfill", probed_lookup_stream_backfill, UPPER, streams=True
+    ),
 ]
 if os.environ.get("HPS_TEST_ALL_ORDERS"):
     CASES += [
         Case("two lookups, update", two_lookups_update),
+        Case("two lookups, stream", two_lookups_stream, streams=True),
+        Case(
+            "two lookups, failing stream", two_lookups_stream_that_fails, streams=True
+        ),
         Case("two lookups, delete", two_lookups_delete, warm=True),
         Case("three lookups, update", three_lookups_update, ()),
         Case("two lookups, update", two_lookups_update, ALL, warm=True),
@@ -152,7 +204,7 @@ if os.environ.get("HPS_TEST_ALL_ORDERS"):
 def test_no_order_brings_an_old_row_back(
     case: Case, threads: ThreadPoolExecutor, report: Callable[[str], None]
 ) -> None:
-    stage = Stage(threads, case.uppers)
+    stage = Stage(threads, case.uppers, streams=case.streams)
 
     def world() -> History:
         history = History(stage, warm=case.warm)
@@ -242,6 +294,13 @@ class InvalidatesEarly(Hierarchy):
                 tier.insert(self.spec.tag, keys, rows)
 
 
+class WaitsForNoChange(Hierarchy):
+    """Hands new rows out while upper tiers have old ones."""
+
+    def _wait_for_change(self, keys: Keys) -> None:
+        pass
+
+
 class WritesDownwards(Hierarchy):
     """Writes the first tier first."""
 
@@ -299,12 +358,28 @@ class WritesDownwards(Hierarchy):
             {"hierarchy": WritesDownwards},
             id="upper tiers are written first",
         ),
+        pytest.param(
+            Case("", probed_lookup_stream_backfill, streams=True),
+            {"hierarchy": WaitsForNoChange},
+            id="new rows of a stream are handed out too early",
+        ),
+        pytest.param(
+            Case(
+                "",
+                two_lookups_stream_that_fails_late,
+                (KeepsOldRows,),
+                warm=True,
+                streams=True,
+            ),
+            {},
+            id="old rows stay in upper tiers when a stream fails",
+        ),
     ],
 )
 def test_a_planted_fault_is_seen(
     case: Case, parts: dict[str, type], threads: ThreadPoolExecutor
 ) -> None:
-    stage = Stage(threads, case.uppers, **parts)
+    stage = Stage(threads, case.uppers, streams=case.streams, **parts)
 
     def world() -> History:
         history = History(stage, warm=case.warm)
