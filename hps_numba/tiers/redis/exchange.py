@@ -20,7 +20,10 @@ from hps_numba.tiers.redis.health import Health
 from hps_numba.tiers.redis.layout import Bytes
 from hps_numba.tiers.redis.topology import Node
 
-_IN_FLIGHT = 2  # units of a server: one is worked on, the next is on its way
+# Units of a server on their way: one is worked on, the next arrives. Of small ones
+# there are more, or the server waits until the client is woken.
+_LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 2, 8
+_BYTES_IN_FLIGHT = 256 << 10
 
 
 @dataclass
@@ -35,6 +38,11 @@ class Unit:
     replies: list[Any] = field(default_factory=list)
     error: Exception | None = None  # it was not answered
     node: Node | None = None  # who was asked
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the commands."""
+        return sum(len(command) for command in self.commands)
 
 
 class Exchange:
@@ -111,7 +119,7 @@ class _Link:
 
     def put(self, unit: Unit) -> None:
         """Send a unit, once there is room for it."""
-        while len(self._flying) >= _IN_FLIGHT:
+        while not self._has_room(unit):
             self._take()
         if self._connection is None:
             unit.error = self._error
@@ -152,6 +160,14 @@ class _Link:
                 self._connection.disconnect()
             self._node.give_back(self._connection)
             self._connection = None
+
+    def _has_room(self, unit: Unit) -> bool:
+        """Whether one more unit may be on its way."""
+        n_units = len(self._flying)
+        if n_units < _LEAST_IN_FLIGHT or n_units >= _MOST_IN_FLIGHT:
+            return n_units < _LEAST_IN_FLIGHT
+        n_bytes = sum(flying.n_bytes for flying in self._flying)
+        return n_bytes + unit.n_bytes <= _BYTES_IN_FLIGHT
 
     def _take(self) -> None:
         """Read the replies of the unit that was sent first."""
