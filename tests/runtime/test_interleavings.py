@@ -138,6 +138,12 @@ def probed_lookup_stream_backfill(h: History) -> None:
     h.backfill()
 
 
+def probed_lookup_failing_stream_backfill(h: History) -> None:
+    h.probed_lookup("a")
+    h.failing_stream(2, late=True)
+    h.backfill()
+
+
 def two_lookups_stream_that_fails(h: History) -> None:
     h.lookup("a", "b")
     h.failing_stream(2)
@@ -181,6 +187,11 @@ CASES = [
     ),
     Case("lookup, two spans", lookup_two_spans, streams=True),
     Case("lookup, stream, backfill", probed_lookup_stream_backfill, streams=True),
+    Case(
+        "lookup, failing stream, backfill",
+        probed_lookup_failing_stream_backfill,
+        streams=True,
+    ),
     Case(
         "lookup, stream, backfill", probed_lookup_stream_backfill, UPPER, streams=True
     ),
@@ -365,11 +376,7 @@ class WritesDownwards(Hierarchy):
         ),
         pytest.param(
             Case(
-                "",
-                two_lookups_stream_that_fails_late,
-                (KeepsOldRows,),
-                warm=True,
-                streams=True,
+                "", probed_lookup_failing_stream_backfill, (KeepsOldRows,), streams=True
             ),
             {},
             id="old rows stay in upper tiers when a stream fails",
