@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 _CREATION_S = 5.0  # how long a broker may take to create a topic by itself
 _POLL_S = 0.05
-_LOST_TOPIC = (KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC)
+# Of a partition, as many as librdkafka has in flight if it is idempotent. While more
+# wait for their turn, it keeps a core busy, which is measured at 5 times the CPU.
+_MOST_WAITING = 5
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Parcel:
     frame: bytes
     n_records: int
     is_delete: bool
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What is remembered of a parcel until its delivery is reported."""
+
+    topic: str
+    partition: int
+    n_records: int
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,9 @@ class Outbox:
     def __init__(self, brokers: str, settings: Mapping[str, Any]) -> None:
         self._brokers = brokers
         self._lock = threading.Lock()
-        # Guarded by _lock. Numbers of parcels, oldest first, with their records.
-        self._waiting: dict[int, int] = {}
+        # Guarded by _lock. Parcels by number, oldest first, and how many by partition.
+        self._waiting: dict[int, _Sent] = {}
+        self._n_waiting: Counter[tuple[str, int]] = Counter()
         self._n_put = 0
         self._failures: Counter[tuple[str, int, str]] = Counter()
         self._rows = self._messages = self._bytes = self._errors = 0
@@ -128,25 +141,33 @@ class Outbox:
             self._producer.poll(_POLL_S)
 
     def try_put(self, parcel: Parcel) -> bool:
-        """Hand over a message if the queue has room for it; raises as ``put``."""
+        """Hand over a message if there is room for it; raises as ``put``.
+
+        There is, unless too many of its partition wait already.
+        """
         with self._lock:
+            if self._n_waiting[parcel.topic, parcel.partition] >= _MOST_WAITING:
+                return False
+            self._n_waiting[parcel.topic, parcel.partition] += 1
             number = self._n_put
             self._n_put += 1
-            self._waiting[number] = parcel.n_records
+            self._waiting[number] = _Sent(
+                parcel.topic, parcel.partition, parcel.n_records, len(parcel.frame)
+            )
         try:
             self._producer.produce(
                 parcel.topic,
                 value=parcel.frame,
                 key=DELETE if parcel.is_delete else None,
                 partition=parcel.partition,
-                on_delivery=partial(self._deliver, number, len(parcel.frame)),
+                on_delivery=partial(self._deliver, number),
             )
         except BufferError:
             with self._lock:
-                del self._waiting[number]
+                self._take_locked(number)
             return False
         except KafkaException as exc:
-            self._lose(number, parcel.topic, parcel.partition, exc.args[0])
+            self._lose(number, exc.args[0])
         self._producer.poll(0)
         return True
 
@@ -165,7 +186,7 @@ class Outbox:
         last = self._n_put - 1
         while self._oldest() <= last:
             if monotonic() >= deadline:
-                n_waiting = sum(self._waiting.copy().values())
+                n_waiting = self.stats().waiting
                 raise self._error(f"{n_waiting} records are not acknowledged yet")
             self._producer.poll(_POLL_S)
 
@@ -206,38 +227,43 @@ class Outbox:
                 self._messages,
                 self._bytes,
                 self._errors,
-                sum(self._waiting.values()),
+                sum(sent.n_records for sent in self._waiting.values()),
             )
 
     def _oldest(self) -> int:
         with self._lock:
             return next(iter(self._waiting), self._n_put)
 
-    def _deliver(
-        self, number: int, n_bytes: int, error: KafkaError | None, message: Message
-    ) -> None:
+    def _deliver(self, number: int, error: KafkaError | None, _: Message) -> None:
         """Note what librdkafka reports of a message; called inside its ``poll``."""
         if error is not None:
-            self._lose(number, str(message.topic()), message.partition() or 0, error)
+            self._lose(number, error)
             return
         with self._lock:
-            self._rows += self._waiting.pop(number)
+            sent = self._take_locked(number)
+            self._rows += sent.n_records
             self._messages += 1
-            self._bytes += n_bytes
+            self._bytes += sent.n_bytes
 
-    def _lose(self, number: int, topic: str, partition: int, error: KafkaError) -> None:
+    def _lose(self, number: int, error: KafkaError) -> None:
         reason = _reason(error)
         with self._lock:
-            n_records = self._waiting.pop(number)
-            self._errors += n_records
-            self._failures[topic, partition, reason] += n_records
+            sent = self._take_locked(number)
+            self._errors += sent.n_records
+            self._failures[sent.topic, sent.partition, reason] += sent.n_records
         logger.warning(
             "topic=%s partition=%d lost_records=%d reason=%s",
-            topic,
-            partition,
-            n_records,
+            sent.topic,
+            sent.partition,
+            sent.n_records,
             reason,
         )
+
+    def _take_locked(self, number: int) -> _Sent:
+        """Return what waits no longer."""
+        sent = self._waiting.pop(number)
+        self._n_waiting[sent.topic, sent.partition] -= 1
+        return sent
 
     def _hear(self, error: KafkaError) -> None:
         self._trouble = error.str()

@@ -298,6 +298,7 @@ class UpdateProducer:
 
     def _ship_due_locked(self) -> float | None:
         """Ship what is due; return seconds to wait then, or None: it is full."""
+        is_full = False
         next_s = monotonic() + self._linger_s
         due_s = monotonic() - self._linger_s
         self._filling.clear()
@@ -310,8 +311,8 @@ class UpdateProducer:
             elif self._outbox.try_put(lane.parcel()):
                 lane.clear()
             else:
-                return None
-        return max(0.0, next_s - monotonic())
+                is_full = True
+        return None if is_full else max(0.0, next_s - monotonic())
 
     def _all_lanes(self) -> list[Lane]:
         return [lane for lanes in self._lanes.values() for lane in lanes]

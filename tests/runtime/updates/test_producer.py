@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from time import monotonic
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from hps_numba import ClosedError, ConfigError
 from hps_numba.errors import UpdateSourceError
+from hps_numba.runtime.updates.outbox import Outbox, Parcel
 from hps_numba.runtime.updates.producer import UpdateProducer
 from tests.kernels.test_hashing import reference_hash
 from tests.support.faulty_kafka import FaultyKafka
@@ -198,12 +200,12 @@ def test_half_rows_travel_as_halves_and_other_numbers_as_float32(
 def test_a_large_send_with_strides_is_what_a_small_one_is(
     broker: KafkaBroker, topic: str
 ) -> None:
-    wide = some_rows(60_000, dim=80)
-    keys = np.arange(120_000)[::2]
+    wide = some_rows(70_000, dim=20)
+    keys = np.arange(140_000)[::2]
     with UpdateProducer(broker.bootstrap, message_bytes=200_000) as producer:
         producer.send("m", "t", keys, wide[:, ::2])
-    table = replay(read(broker.bootstrap, topic, 60_000))
-    assert len(table) == 60_000
+    table = replay(read(broker.bootstrap, topic, 70_000))
+    assert len(table) == 70_000
     assert all(
         table[key] == row.tobytes()
         for key, row in zip(keys.tolist(), wide[:, ::2], strict=True)
@@ -335,6 +337,7 @@ def test_a_forked_process_must_have_a_producer_of_its_own(broker: KafkaBroker) -
         ({"transactional.id": "x"}, "transactional.id is not for callers"),
         ({"bootstrap.servers": "x"}, "bootstrap.servers is not for callers"),
         ({"acks": 1}, "acks"),
+        ({"enable.idempotence": False, "acks": 1}, "acks"),
         ({"enable.idempotence": True, "compression.type": "none!"}, "compression"),
     ],
 )
@@ -448,6 +451,25 @@ def test_sends_wait_for_brokers_that_do_not_keep_up_and_then_fail() -> None:
         kafka.answer_after(0)
         with pytest.raises(UpdateSourceError):
             producer.close()
+
+
+def test_no_more_messages_of_a_partition_wait_than_can_be_in_flight() -> None:
+    """With more, librdkafka is busy without doing anything."""
+    settings = {"enable.idempotence": True, "linger.ms": 0}
+    first, second = (Parcel(TOPIC, n, b"frame", 1, False) for n in (0, 1))
+    with FaultyKafka({TOPIC: 2}) as kafka:
+        outbox = Outbox(kafka.bootstrap, settings)
+        assert outbox.partitions(TOPIC, 5.0) == 2
+        kafka.answer_after(60_000)
+        assert [outbox.try_put(first) for _ in range(8)] == [True] * 5 + [False] * 3
+        assert outbox.try_put(second)
+        assert outbox.stats().waiting == 6
+        kafka.answer_after(0)
+        kafka.hang_up()  # the delayed answers are not waited for
+        kafka.come_back()
+        outbox.put(first, monotonic() + READ_TIMEOUT_S)
+        outbox.flush(monotonic() + READ_TIMEOUT_S)
+        assert outbox.stats().rows == 7
 
 
 def test_what_waits_to_fill_up_is_bounded_over_all_tables() -> None:
