@@ -49,7 +49,7 @@ class Sizes:
     redis_write_rows: int = 50_000
     cluster_batches: tuple[int, ...] = (1_000, 10_000, 100_000)
     cluster_partitions: int = 12  # of three masters
-    produce_rows: int = 100_000
+    produce_rows: int = 200_000
     stream_rows: int = 1_000_000
     stream_partitions: int = 4
     stream_rows_per_s: int = 50_000
