@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ class StreamContract(TierSuite):
     def test_a_span_may_be_large(self, stream_tier: LastingTier, n_rows: int) -> None:
         """Some tiers take large ones another way."""
         stream_tier.open_table(WIDE)
-        keys = np.random.default_rng(1).permutation(np.arange(n_rows)) * 7 - 20
+        keys: Keys = np.random.default_rng(1).permutation(np.arange(n_rows)) * 7 - 20
         rows = random_rows(WIDE, n_rows)
         assert stream_tier.apply(WIDE.tag, keys, rows, span(0, 1)) == n_rows
         assert stream_tier.apply(WIDE.tag, keys, rows[::-1].copy(), span(0, 1)) == 0
@@ -295,7 +296,7 @@ class StreamContract(TierSuite):
     ) -> None:
         good, none = filled_rows(SPEC, 3, 1.0), keys_of()
         keys = KEYS[:3]
-        for bad_keys, bad_rows in (
+        wrong: tuple[tuple[Any, Any], ...] = (
             (keys, good[:2]),
             (keys, good[:, :2].copy()),
             (keys, good.astype(np.float64)),
@@ -303,7 +304,8 @@ class StreamContract(TierSuite):
             (keys.astype(np.int32), None),
             (KEYS[:6:2], good),
             (none, good),
-        ):
+        )
+        for bad_keys, bad_rows in wrong:
             with pytest.raises(ValueError, match=SPEC.tag):
                 stream_tier.apply(SPEC.tag, bad_keys, bad_rows, span(0, 1))
         assert stream_tier.positions(SPEC.tag) == {}
