@@ -1,11 +1,9 @@
-"""What a source of updates tells: messages, troubles, and where reading begins."""
+"""What a source of updates tells: messages and troubles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-
-from hps_numba.types import Position
 
 
 # Not frozen: that would cost half a microsecond for each message.
@@ -61,24 +59,3 @@ class Trouble:
     topic: str
     partition: int
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Where the reading of a stream partition begins.
-
-    Parameters
-    ----------
-    position
-        The first record to apply, or None if ``offset_reset`` is ``stop``; it is not
-        read then.
-    reset
-        Whether this is not where the stored position is: records were lost, or come
-        again.
-    reason
-        Why, for people.
-    """
-
-    position: Position | None
-    reset: bool
-    reason: str

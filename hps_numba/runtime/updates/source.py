@@ -21,16 +21,16 @@ from confluent_kafka import (
 )
 
 from hps_numba.config import UpdateSourceParams
-from hps_numba.config.enums import InitialOffset, OffsetReset
 from hps_numba.errors import ClosedError, UpdateSourceError
+from hps_numba.runtime.updates.beginning import Begin, begin_at
 from hps_numba.runtime.updates.client import (
     ClientLog,
     consumer_settings,
+    fetched_end,
     new_consumer,
-    real_end,
     source_error,
 )
-from hps_numba.runtime.updates.events import Begin, Message, Trouble, TroubleKind
+from hps_numba.runtime.updates.events import Message, Trouble, TroubleKind
 from hps_numba.types import TAG_PREFIX, Position
 
 __all__ = ["Begin", "KafkaSource", "Message", "Trouble", "TroubleKind"]
@@ -116,7 +116,7 @@ class KafkaSource:
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]:
         """Return the offset of the first message, and the one after the last.
 
-        A broker may know a partition longer than it tells here; see ``begin``.
+        A broker may know a partition longer than it tells here; see ``real_end``.
         """
         where = TopicPartition(topic, partition)
         try:
@@ -143,6 +143,16 @@ class KafkaSource:
             end = self._consumer.get_watermark_offsets(where, cached=True)[1]
         return int(end) if end >= 0 else None
 
+    def real_end(self, topic: str, partition: int) -> int:
+        """Return the offset after the last message, as a fetch tells.
+
+        That takes a connection of its own, some 10 ms, and is never an older end.
+        """
+        low, end = self.watermarks(topic, partition)
+        at = max(end - 1, low)
+        found = fetched_end(self._settings, topic, partition, at, self._timeout_s)
+        return end if found is None else found
+
     def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int:
         """Return the first offset of that time or later; the end if there is none."""
         where = TopicPartition(topic, partition, timestamp_ms)
@@ -168,39 +178,16 @@ class KafkaSource:
         was made anew and has grown past the position is not told from the old one.
         """
         low, end = self.watermarks(topic, partition)
-        if stored is None:
-            latest = self._params.initial_offset is InitialOffset.LATEST
-            begin = Begin(Position(end if latest else low), False, "no stored position")
-        elif stored.offset < low:
-            reason = f"the stored position {stored} is gone; the first is {low}"
-            begin = self._reset(low, end, reason)
-        else:
-            # Of a message that was applied in part, the rest must be there.
-            needed = stored.offset + (stored.record > 0)
-            if needed > end:
-                at = max(needed - 1, low)
-                known = real_end(self._settings, topic, partition, at, self._timeout_s)
-                end = end if known is None else known
-            if needed > end:
-                reason = f"the stored position {stored} is beyond the end, {end}"
-                begin = self._reset(low, end, f"{reason}: the topic was made anew")
-            else:
-                begin = Begin(stored, False, "stored position")
+
+        def fetch(offset: int) -> int | None:
+            where = (topic, partition, offset)
+            return fetched_end(self._settings, *where, self._timeout_s)
+
+        begin = begin_at(self._params, stored, low, end, fetch=fetch)
         self.unassign(topic, partition)
         if begin.position is not None:
             self.assign(topic, partition, begin.position.offset)
         return begin
-
-    def _reset(self, low: int, end: int, reason: str) -> Begin:
-        policy = self._params.offset_reset
-        if policy is OffsetReset.STOP:
-            return Begin(None, True, f"{reason}; stopped")
-        offset = low if policy is OffsetReset.EARLIEST else end
-        return Begin(
-            Position(offset),
-            True,
-            f"{reason}; goes on from the {policy.value}, {offset}",
-        )
 
     def assign(self, topic: str, partition: int, offset: int) -> None:
         """Read a partition, which is not read yet, from an offset on."""

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from hps_numba.config import UpdateSourceParams
 from hps_numba.errors import UpdateSourceError
+from hps_numba.runtime.updates.beginning import begin_at
 from hps_numba.runtime.updates.source import KafkaSource, TroubleKind
 from hps_numba.types import Position
 from tests.runtime.updates.streams import drain, fill, messages, numbers, trouble
@@ -103,6 +105,24 @@ def test_a_position_that_retention_removed_is_reset(
     assert (begin.position, begin.reset) == (Position(offset), True)
     assert "stored position 3:5 is gone; the first is 4" in begin.reason
     assert not source.begin(topic, 0, Position(4)).reset
+
+
+@pytest.mark.parametrize(("low", "end"), [(0, 0), (5, 5), (3, 9)])
+def test_every_position_is_kept_or_reset(low: int, end: int) -> None:
+    params = UpdateSourceParams()
+
+    def fetch(offset: int) -> int | None:
+        assert offset >= low  # or the fetch itself would be out of range
+        return end if offset <= end else None
+
+    for offset in range(12):
+        for record in (0, 4):
+            stored = Position(offset, record)
+            kept = low <= offset and offset + (record > 0) <= end
+            for told in range(low, end + 1):  # a broker may tell an older end
+                begin = begin_at(params, stored, low, told, fetch=fetch)
+                assert begin.reset is not kept
+                assert begin.position == (stored if kept else Position(low))
 
 
 def test_a_lost_position_may_stop_the_partition(
