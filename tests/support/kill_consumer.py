@@ -13,6 +13,7 @@ Messages are cut into small pieces, and small bursts go in as sorted files.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from hps_numba.types import Keys, Rows, StreamSpan
 
 PIECE_ROWS = 100
 FILE_ROWS = 400  # from which on a burst becomes sorted files
+STUCK_S = 20  # after which a server shows what it is doing
 LIFE_S = 120  # of a server that nobody kills
 
 __all__ = ["consumer", "host", "rocksdb"]  # imported before a server is forked
@@ -58,6 +60,7 @@ def _telling(apply: Callable[..., int]) -> Callable[..., int]:
 
 def serve(config: ParameterServerConfig) -> None:
     """Serve until killed."""
+    faulthandler.dump_traceback_later(STUCK_S)
     signal.alarm(LIFE_S)
     partition.PIECE_ROWS = PIECE_ROWS
     rocksdb_table._BURST_ROWS = FILE_ROWS

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -25,8 +26,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typing_extensions import Self
 
+from hps_numba.config import PersistentDatabaseParams
 from hps_numba.runtime.hps import HPS
+from hps_numba.runtime.stores import open_stores
 from hps_numba.runtime.updates.producer import UpdateProducer
 from hps_numba.tiers.rocksdb import RocksDBTier
 from hps_numba.types import Position, RowBlock, TableSpec
@@ -35,6 +39,7 @@ from tests.runtime.deployments import Table, Wraps, model, server_config
 from tests.runtime.updates.replay import Replay, Row, as_dict, mark_ends
 from tests.support import kill_consumer
 from tests.support.kafka_broker import KafkaBroker
+from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_servers import wait_for
 
 pytestmark = [pytest.mark.fault, pytest.mark.service]
@@ -65,6 +70,7 @@ class Trainer:
         self._thread.join()
         if self._error is not None:
             raise self._error
+        self._producer.delete(*self._table, np.arange(7, N_KEYS, 16))
         self._producer.flush()
 
     def _run(self) -> None:
@@ -111,6 +117,7 @@ class Servers:
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
+        self._pid: int | None = None  # of a server that was not killed yet
         self._lines: SimpleQueue[list[str]] = SimpleQueue()
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
@@ -120,24 +127,27 @@ class Servers:
         assert self._process.stdin is not None
         self._process.stdin.write("start\n")
         self._process.stdin.flush()
-        _, pid = self._next()
+        self._pid = int(self._next()[1])
         lines = [self._next()]
         if instants.random() < 0.5:
             self._collect(lines, instants.uniform(0.0, 0.4))
         else:
-            n_begun = instants.randint(1, 100)
+            n_begun = instants.randint(1, 60)
             while sum(line[0] == "begin" for line in lines) < n_begun:
                 lines.append(self._next())
             self._collect(lines, instants.uniform(0.0, 0.005))
-        os.kill(int(pid), 9)
+        os.kill(self._pid, signal.SIGKILL)
         while (line := self._next())[0] != "ended":
             lines.append(line)
+        self._pid = None
         assert line[1] == "-9", f"the server died by itself: {line[1]}"
         return list(spans_of(lines))
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
         assert self._process.wait(PATIENCE_S) == 0
         self._reader.join()
 
@@ -175,24 +185,30 @@ def spans_of(lines: list[list[str]]) -> Iterator[Span]:
             )
 
 
-def check_tiling(spans: list[Span], ends: dict[int, Position]) -> int:
-    """Check that each record was written once; return how many spans were cut.
+def check_tiling(spans: list[Span], ends: dict[int, Position], *, again: bool) -> int:
+    """Check that RocksDB wrote each record once; return how many spans were cut.
 
-    A span that was cut by a kill may come again as a whole, or not at all.
+    A span that was cut by a kill may have been written or not. Where ``again``, what
+    RocksDB has may come again for a tier above that lacks it: it must write nothing of
+    that then, but for a piece that ends beyond what it has.
     """
     n_cut = 0
     for partition, end in ends.items():
         may_be = {Position(0)}
-        for span in spans:
-            if span.partition != partition:
-                continue
-            assert span.since in may_be, f"{span} does not follow {may_be}"
-            may_be = {span.until}
+        for span in (s for s in spans if s.partition == partition):
+            assert again or span.since in may_be, f"{span} does not follow {may_be}"
+            assert span.since <= max(may_be), f"records are missing before {span}"
+            after = {max(position, span.until) for position in may_be}
             if span.written is None:
-                may_be.add(span.since)
+                may_be |= after
                 n_cut += 1
+            elif span.written == span.n_keys:
+                assert again or span.until > min(may_be), f"{span} was written twice"
+                may_be = after
             else:
-                assert span.written == span.n_keys, f"{span} was there before"
+                assert span.written == 0, span
+                may_be = {position for position in may_be if position >= span.until}
+                assert may_be, f"{span} was not written"
         assert end in may_be
     return n_cut
 
@@ -244,6 +260,37 @@ class Deployment:
         return {"lookup": seen, **held}
 
 
+class InRedis:
+    """Looks at a table in Redis: behind RocksDB perhaps, but never back in time."""
+
+    def __init__(self, site: Deployment) -> None:
+        config = site.config.model_copy(
+            update={"persistent_db": PersistentDatabaseParams()}
+        )
+        self.n_behind = 0  # keys that RocksDB had newer rows of
+        self._tag = site.spec.tag
+        tier = open_stores(config).volatile
+        assert tier is not None
+        self._tier = tier
+        self._tier.open_table(site.spec)
+        self._versions: dict[int, float] = {}
+
+    def look(self, in_rocksdb: dict[int, Row]) -> None:
+        """Compare with RocksDB, and with what was here before."""
+        for key, row in as_dict(self._tier.iterate(self._tag)).items():
+            if key % 8 == 7:  # may be deleted
+                continue
+            assert self._versions.get(key, 0) <= row[1] <= in_rocksdb[key][1]
+            self.n_behind += row[1] < in_rocksdb[key][1]
+            self._versions[key] = row[1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tier.close()
+
+
 def reached(server: HPS) -> dict[int, Position]:
     """Return how far a server is in its only stream."""
     streams = server.updates.stats().streams
@@ -255,7 +302,7 @@ def kill_and_compare(
     producer: UpdateProducer,
     replay: Replay,
     n_kills: int,
-    look: Callable[[], None],
+    redis: InRedis | None,
 ) -> list[Span]:
     """Kill servers while a trainer publishes; return what they gave to RocksDB."""
     instants = random.Random(1)
@@ -268,11 +315,49 @@ def kill_and_compare(
             positions, rows = deployment.in_rocksdb()
             replay.advance(positions)
             assert rows == replay.rows
-            look()
+            if redis is not None:
+                redis.look(rows)
         trainer.stop()
     finally:
         servers.close()
     return spans
+
+
+def check_killed(
+    site: Deployment,
+    brokers: str,
+    n_kills: int,
+    redis: InRedis | None = None,
+) -> tuple[dict[str, dict[int, Row]], dict[str, int]]:
+    """Kill servers and let one catch up; return what tiers have, and counts."""
+    topic = site.spec.tag
+    with (
+        UpdateProducer(brokers) as producer,
+        Replay(brokers, topic, PARTITIONS) as replay,
+    ):
+        spans = kill_and_compare(site, producer, replay, n_kills, redis)
+        stored, _ = site.in_rocksdb()
+        ends = mark_ends(brokers, topic, PARTITIONS)
+        held = site.caught_up(ends)
+        replay.advance(ends)
+    assert held["lookup"] == replay.rows
+    assert held["rocksdb"] == replay.rows
+    assert site.in_rocksdb() == (ends, replay.rows)
+    counts = {
+        "spans": len(spans),
+        "sorted files": sum(s.n_keys >= kill_consumer.FILE_ROWS for s in spans),
+        "cut spans": check_tiling(spans, stored, again=redis is not None),
+        "ends within a message": sum(s.until.record > 0 for s in spans),
+        "records": replay.n_records,
+        "deletions": replay.n_deletes,
+        "deleted keys": N_KEYS - len(replay.rows),
+    }
+    assert min(counts.values()) > 0, counts
+    return held, counts
+
+
+def line_of(counts: dict[str, int]) -> str:
+    return " ".join(f"{name}={count}" for name, count in counts.items())
 
 
 def test_killed_servers_neither_lose_nor_repeat_an_update(
@@ -281,30 +366,28 @@ def test_killed_servers_neither_lose_nor_repeat_an_update(
     broker.create_topic(topic, PARTITIONS)
     site = Deployment(tmp_path, broker.bootstrap, topic)
     n_kills = int(KILLS or 30)
-    with (
-        UpdateProducer(broker.bootstrap) as producer,
-        Replay(broker.bootstrap, topic, PARTITIONS) as replay,
-    ):
-        spans = kill_and_compare(site, producer, replay, n_kills, lambda: None)
-        stored, _ = site.in_rocksdb()
-        n_cut = check_tiling(spans, stored)
-        ends = mark_ends(broker.bootstrap, topic, PARTITIONS)
-        held = site.caught_up(ends)
-        replay.advance(ends)
-    assert held.pop("lookup") == replay.rows
-    assert held.pop("rocksdb") == replay.rows
-    (in_host_memory,) = held.values()
-    assert in_host_memory.items() <= replay.rows.items()
-    assert site.in_rocksdb() == (ends, replay.rows)
-    counts = {
-        "spans": len(spans),
-        "sorted files": sum(s.n_keys >= kill_consumer.FILE_ROWS for s in spans),
-        "cut spans": n_cut,
-        "ends within a message": sum(s.until.record > 0 for s in spans),
-        "records": replay.n_records,
-        "deletions": replay.n_deletes,
-        "deleted keys": N_KEYS - len(replay.rows),
-    }
-    line = " ".join(f"{name}={count}" for name, count in counts.items())
-    report(f"{n_kills} kills: {line}")
-    assert min(counts.values()) > 0, counts
+    held, counts = check_killed(site, broker.bootstrap, n_kills)
+    report(f"{n_kills} kills: {line_of(counts)}")
+    assert held["host"].items() <= held["rocksdb"].items()
+
+
+def test_killed_servers_leave_redis_no_older_than_it_was(
+    tmp_path: Path, broker: KafkaBroker, topic: str, report: Callable[[str], None]
+) -> None:
+    broker.create_topic(topic, PARTITIONS)
+    n_kills = int(KILLS or 8)
+    with RedisCluster(masters=3) as cluster:
+        site = Deployment(
+            tmp_path,
+            broker.bootstrap,
+            topic,
+            type="redis_cluster",
+            address=cluster.address,
+            num_partitions=4,
+            num_node_connections=2,
+        )
+        with InRedis(site) as redis:
+            held, counts = check_killed(site, broker.bootstrap, n_kills, redis)
+        line = f"{line_of(counts)} keys that were behind={redis.n_behind}"
+        report(f"{n_kills} kills over Redis: {line}")
+        assert held["redis"] == held["rocksdb"]
