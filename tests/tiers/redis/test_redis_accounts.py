@@ -18,7 +18,7 @@ from hps_numba.errors import ConfigError, TierUnavailableError
 from hps_numba.tiers.host_table import Overflow
 from hps_numba.tiers.redis.client import RedisOptions
 from hps_numba.tiers.redis.tier import RedisTier
-from hps_numba.types import OverflowPolicy, RowBlock, TableSpec
+from hps_numba.types import OverflowPolicy, Position, RowBlock, StreamSpan, TableSpec
 from tests.support.redis_cluster import RedisCluster
 from tests.support.redis_servers import RedisServer
 
@@ -79,7 +79,12 @@ def test_the_documented_account_can_do_all_that_a_tier_does(
     rows, found = np.zeros_like(ROWS), np.zeros(KEYS.size, np.bool_)
     tier.fetch(SPEC.tag, KEYS, rows, found)
     np.testing.assert_array_equal(rows[found], ROWS[found])
-    assert tier.delete(SPEC.tag, KEYS) == np.count_nonzero(found)
+    tier.seek(SPEC.tag, {0: Position(0)})
+    spans = [StreamSpan(0, Position(n), Position(n + 1)) for n in range(2)]
+    assert tier.apply(SPEC.tag, KEYS[:10], ROWS[:10], spans[0]) == 10
+    assert tier.apply(SPEC.tag, KEYS[:10], None, spans[1]) == 10
+    assert tier.positions(SPEC.tag) == {0: Position(2)}
+    assert tier.delete(SPEC.tag, KEYS) == np.count_nonzero(found) - 10
     assert tier.stats(SPEC.tag).rows == tier.size(SPEC.tag) == 0
     assert tier.tables("model") == ["table"]
     tier.drop_table(SPEC.tag)
@@ -141,11 +146,15 @@ def test_an_account_that_is_refused_later_makes_the_tier_unavailable() -> None:
             client.config_set("requirepass", "second")
             client.client_kill_filter(_type="normal", skipme=True)
         rows, found = np.zeros_like(ROWS), np.zeros(KEYS.size, np.bool_)
+        span = StreamSpan(0, Position(0), Position(1))
         for call in (
             lambda: tier.fetch(SPEC.tag, KEYS, rows, found),
             lambda: tier.insert(SPEC.tag, KEYS, ROWS),
             lambda: tier.backfill(SPEC.tag, KEYS, ROWS, tier.epoch(SPEC.tag)),
             lambda: tier.delete(SPEC.tag, KEYS),
+            lambda: tier.apply(SPEC.tag, KEYS, ROWS, span),
+            lambda: tier.positions(SPEC.tag),
+            lambda: tier.seek(SPEC.tag, {0: Position(1)}),
             lambda: tier.evict(SPEC.tag),
             lambda: tier.size(SPEC.tag),
             lambda: next(tier.iterate(SPEC.tag)),
