@@ -326,14 +326,14 @@ class UpdateSourceParams(ConfigModel):
     receive_buffer_size: Annotated[int, Field(ge=1024, le=MAX_SIZE)] = Field(
         262_144, description="Largest message, in bytes, less 1024."
     )
-    poll_timeout_ms: Size = Field(
-        500, description="Rows wait at most this long for a batch to fill, in ms."
-    )
-    max_batch_size: Count = Field(
-        8_192, description="Most rows that are applied together."
+    poll_timeout_ms: Size = idle(500, "rows never wait for a batch to fill")
+    max_batch_size: Count = idle(
+        8_192, "as many rows as wait are applied, in pieces that lookups do not notice"
     )
     failure_backoff_ms: Size = Field(
-        50, description="Wait before a failed batch is applied again, in ms."
+        50,
+        description="Wait before a failed write is repeated, in ms; doubled each time, "
+        "up to 5 s.",
     )
     max_commit_interval: Count = Field(
         32, description="Most messages between two commits."

@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 )
-# An excerpt of an example runs there; test_gpu_page.py finds it there.
-EXCERPT = re.compile(r"^<!-- from \S+ -->\n```python\n", re.MULTILINE)
+# An excerpt of an example runs there.
+EXCERPT = re.compile(
+    r"^<!-- from (\S+) -->\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
 BLOCK = re.compile(r"(?<! -->\n)^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ON_A_DEVICE = ("docs/gpu.md",)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
@@ -50,6 +52,12 @@ def test_no_python_blocks_but_excerpts_of_examples_are_left_out(page: Path) -> N
     text = page.read_text()
     n_excerpts = len(EXCERPT.findall(text))
     assert len(BLOCK.findall(text)) + n_excerpts == text.count("\n```python\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_excerpts_are_what_the_examples_have(page: Path) -> None:
+    for source, excerpt in EXCERPT.findall(page.read_text()):
+        assert excerpt in (ROOT / source).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
