@@ -15,12 +15,12 @@ from time import monotonic
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from hps_numba.runtime.hps import HPS
 from hps_numba.tiers.base import Tier
 from tests.oracle import versioned_rows, versions_in
 from tests.runtime.deployments import Table, model, server_config
+from tests.runtime.ledger import Ledger
 
 TABLE = Table("items", dim=16, n_rows=4096, version=1)
 MODEL = "wdl"
@@ -31,72 +31,12 @@ HOST_BYTES = (128 << 10) + 96_000
 SECONDS = float(os.environ.get("HPS_TEST_STRESS_S", "60"))
 
 
-class Ledger:
-    """Which version of each key was begun, acknowledged and seen.
-
-    Versions of a key ascend by one from 1. Of keys that are deleted, even versions mean
-    that there is no row.
-    """
-
-    def __init__(self) -> None:
-        self.deleted_keys = TABLE.keys[15::16]
-        self._may_be_absent = np.zeros(TABLE.n_rows, np.bool_)
-        self._may_be_absent[self.deleted_keys] = True
-        self._begun = np.ones(TABLE.n_rows, np.int64)
-        self._floor = np.ones(TABLE.n_rows, np.int64)  # acknowledged or seen
-        self._lock = threading.Lock()
-
-    def begin(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the versions that these unique keys will have next."""
-        self._begun[keys] += 1
-        return self._begun[keys]
-
-    def acknowledge(self, keys: NDArray[np.int64], versions: NDArray[np.int64]) -> None:
-        """Note that every lookup from now on must see these versions."""
-        with self._lock:
-            np.maximum.at(self._floor, keys, versions)
-
-    def floor(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the oldest versions that a lookup may see that begins now."""
-        with self._lock:
-            return self._floor[keys]
-
-    def judge(
-        self,
-        keys: NDArray[np.int64],
-        versions: NDArray[np.int64],
-        found: NDArray[np.bool_],
-        floor: NDArray[np.int64],
-    ) -> str | None:
-        """Return what is wrong with what a lookup saw, or None."""
-        ceiling = self._begun[keys]
-        absent = ~found & self._may_be_absent[keys]
-        seen = np.where(absent, floor + floor % 2, versions)
-        torn = found & (versions < 0)
-        lost = ~found & ~absent
-        for what, wrong in {
-            "a torn row": torn,
-            "a row that went back": found & ~torn & (seen < floor),
-            "no row where there is one": lost | (absent & (seen > ceiling)),
-            "a row that nobody wrote": found & (seen > ceiling),
-            "a deleted row": found & self._may_be_absent[keys] & (seen % 2 == 0),
-        }.items():
-            if wrong.any():
-                at = int(np.flatnonzero(wrong)[0])
-                return (
-                    f"{what}: key={keys[at]} version={versions[at]} found={found[at]} "
-                    f"floor={floor[at]} ceiling={ceiling[at]}"
-                )
-        self.acknowledge(keys, seen)
-        return None
-
-
 class Stress:
     """The threads, each a loop of rounds until ``stop`` is set."""
 
     def __init__(self, server: HPS, host: Tier) -> None:
         self.stop = threading.Event()
-        self.ledger = Ledger()
+        self.ledger = Ledger(TABLE.n_rows)
         self.rounds: Counter[str] = Counter()
         self._server = server
         self._host = host
