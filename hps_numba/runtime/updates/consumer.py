@@ -34,7 +34,6 @@ from hps_numba.runtime.updates.follower import Follower, PartitionId
 from hps_numba.runtime.updates.source import KafkaSource, Trouble, TroubleKind
 from hps_numba.runtime.updates.stats import UpdateStats
 from hps_numba.runtime.updates.subscriptions import Subscriptions
-from hps_numba.types import Position
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,10 @@ POLL_S = 0.05  # for a first message; commands wait no longer
 GATHER_S = 0.1  # for more of them
 GATHER_BYTES = 32 << 20
 COMMIT_S = 1.0
+ENDS_S = 0.1  # between two looks at how far the partitions reach
 LOOK_AGAIN_S = 1.0  # after a broker or a tier did not answer
 _PATIENCE_S = 30.0
+_ENDED = "the update streams are closed"
 
 
 class UpdateConsumer:
@@ -79,12 +80,13 @@ class UpdateConsumer:
         self._look_every_s = params.metadata_refresh_interval_ms / 1e3
         self._look_s = 0.0  # when topics are looked for
         self._commit_every = params.max_commit_interval
-        self._commit_s = 0.0
+        self._ends_s = self._commit_s = 0.0
         self._uncommitted = 0  # messages
         self._connected = False
         self._progress = threading.Condition()
         self._obeying = threading.Lock()
-        self._ended = False  # guarded by _obeying
+        self._ended = False  # this and what ended it: guarded by _obeying
+        self._death: Exception | None = None
         self._commands: SimpleQueue[tuple[Callable[[], None], Future[Any]]]
         self._commands = SimpleQueue()
         self._thread = threading.Thread(
@@ -101,22 +103,17 @@ class UpdateConsumer:
 
     def pause(self, topic: str | None = None) -> None:
         """Apply nothing more of a topic (of any, if None) until ``resume``."""
-        self._tell(lambda: self._each(topic, self._follower.pause))
+        self._tell(lambda: self._follower.pause(topic))
 
     def resume(self, topic: str | None = None) -> None:
         """Go on where ``pause`` stopped."""
-        self._tell(lambda: self._each(topic, self._follower.resume))
+        self._tell(lambda: self._follower.resume(topic))
 
     def seek(
         self, topic: str, partition: int | None, where: Callable[[str, int], int]
     ) -> None:
         """Go on from the offsets that ``where`` returns for a topic and a partition."""
-
-        def seek(key: PartitionId) -> None:
-            if partition in (None, key[1]):
-                self._follower.seek(key, Position(where(*key)))
-
-        self._tell(lambda: self._each(topic, seek))
+        self._tell(lambda: self._follower.seek(topic, partition, where))
 
     def catch_up(self, timeout_s: float) -> bool:
         """Wait until all that is in the streams now is applied; return whether it is.
@@ -125,6 +122,8 @@ class UpdateConsumer:
         ------
         UpdateSourceError
             If no broker tells what there is.
+        TierError
+            If a tier cannot tell how far it is.
         """
         deadline = monotonic() + timeout_s
         ends = self._tell(self._ends)
@@ -141,12 +140,14 @@ class UpdateConsumer:
 
     def stats(self) -> UpdateStats:
         """Return the counters."""
+        # Not of the source: confluent-kafka lets a second thread wait for ever.
         followed, partitions = self._follower.followed, self._follower.partitions
+        ends = self._follower.ends
         streams = []
         for topic, following in followed.tables.items():
             spec = following.table.spec
             parts = [
-                partition.stats(self._source.end(*key))
+                partition.stats(ends.get(key))
                 for key, partition in sorted(partitions.items())
                 if key[0] == topic
             ]
@@ -174,7 +175,7 @@ class UpdateConsumer:
 
         with self._obeying:
             if self._ended:
-                raise ClosedError("the update streams are closed")
+                raise ClosedError(_ENDED) from self._death
             self._commands.put((run, future))
         return future.result()
 
@@ -188,9 +189,11 @@ class UpdateConsumer:
                 if self._follower.apply():
                     with self._progress:
                         self._progress.notify_all()
+                self._note_ends()
                 self._commit()
-        except Exception:
+        except Exception as exc:
             logger.exception("the update thread died; nothing more is applied")
+            self._death = exc
         finally:
             self._end()
 
@@ -198,8 +201,7 @@ class UpdateConsumer:
         with self._obeying:
             self._ended = True
         while not self._commands.empty():
-            error = ClosedError("the update streams were closed meanwhile")
-            self._commands.get()[1].set_exception(error)
+            self._commands.get()[1].set_exception(ClosedError(_ENDED))
         with self._progress:
             self._progress.notify_all()
         self._source.commit(self._follower.offsets())
@@ -244,7 +246,8 @@ class UpdateConsumer:
 
     def _handle(self, trouble: Trouble) -> None:
         if trouble.kind is TroubleKind.OUT_OF_RANGE:
-            self._follower.restart((trouble.topic, trouble.partition))
+            self._follower.forget((trouble.topic, trouble.partition))
+            self._look_s = 0.0
         elif trouble.kind is TroubleKind.UNKNOWN_TOPIC:
             self._look_s = 0.0
         elif trouble.kind is TroubleKind.CONNECTED:
@@ -253,16 +256,16 @@ class UpdateConsumer:
             self._connected &= trouble.kind is not TroubleKind.DISCONNECTED
             logger.warning("update_source: %s", trouble.text)
 
-    def _each(self, topic: str | None, action: Callable[[PartitionId], None]) -> None:
-        for key in list(self._follower.partitions):
-            if topic in (None, key[0]):
-                action(key)
-
     def _ends(self) -> dict[PartitionId, int]:
         self._follower.look()
         return {
             key: self._source.watermarks(*key)[1] for key in self._follower.partitions
         }
+
+    def _note_ends(self) -> None:
+        if monotonic() >= self._ends_s:
+            self._ends_s = monotonic() + ENDS_S
+            self._follower.note_ends()
 
     def _commit(self) -> None:
         """Tell the brokers how far this server is, once in a while."""

@@ -89,13 +89,18 @@ class Updates:
         ------
         TypeError
             If not just one of ``offset`` and ``time_s`` is given.
+        ValueError
+            If offset or time is negative.
         UpdateSourceError
-            If the brokers do not tell which offset a time is.
+            If there is no such partition, or the brokers do not tell which offset a
+            time is.
         TierError
             If a database cannot store the position.
         """
         if (offset is None) == (time_s is None):
             raise TypeError("seek takes either offset or time_s")
+        if (offset or 0) < 0 or (time_s or 0) < 0:
+            raise ValueError("offset and time_s of seek are at least 0")
 
         def where(topic: str, number: int) -> int:
             if time_s is not None:
@@ -117,6 +122,8 @@ class Updates:
         ------
         UpdateSourceError
             If no broker answers.
+        TierError
+            If a database cannot tell how far it is.
         """
         return self._consumer.catch_up(timeout_s)
 

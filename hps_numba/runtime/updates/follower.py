@@ -9,13 +9,16 @@ from typing import TypeAlias
 from hps_numba.config import UpdateSourceParams
 from hps_numba.errors import (
     CacheError,
+    ClosedError,
     DeviceError,
     HPSError,
     StreamGapError,
     TierError,
+    UnknownTableError,
     UpdateSourceError,
 )
 from hps_numba.runtime.failures import FailureLog
+from hps_numba.runtime.updates import places
 from hps_numba.runtime.updates.dead_letters import DeadLetters
 from hps_numba.runtime.updates.partition import Following, Partition
 from hps_numba.runtime.updates.source import KafkaSource, Message
@@ -28,12 +31,34 @@ logger = logging.getLogger(__name__)
 PartitionId: TypeAlias = tuple[str, int]
 """Topic and number."""
 
+_PAUSED = "pause() was called"
+
+
+class Pauses:
+    """Which topics are paused, also of those that are not there yet."""
+
+    def __init__(self) -> None:
+        self._all = False
+        self._else: dict[str, bool] = {}  # topics that were told apart since
+
+    def tell(self, topic: str | None, *, paused: bool) -> None:
+        """Note a topic, or all if None."""
+        if topic is None:
+            self._all = paused
+            self._else.clear()
+        else:
+            self._else[topic] = paused
+
+    def holds(self, topic: str) -> bool:
+        """Whether a topic is paused."""
+        return self._else.get(topic, self._all)
+
 
 class Follower:
     """Reads stream partitions and applies them. Used by one thread.
 
-    ``followed`` and ``partitions`` are replaced, never changed, so that others may look
-    at them.
+    ``followed``, ``partitions`` and ``ends`` (offsets after the last messages, as far
+    as known) are replaced, never changed, so that others may look at them.
 
     Parameters
     ----------
@@ -63,8 +88,10 @@ class Follower:
         self._dead_letters = dead_letters
         self._stop = stop
         self._failures = FailureLog(logger)
+        self._pauses = Pauses()
         self.followed = Followed({}, ())
         self.partitions: dict[PartitionId, Partition] = {}
+        self.ends: dict[PartitionId, int] = {}
 
     def look(self) -> None:
         """Follow the topics that are there, for the tables that are served.
@@ -89,9 +116,22 @@ class Follower:
         for key, partition in list(self.partitions.items()):
             if wanted.get(key) is not partition.following:
                 self._drop(key)
-        for key, following in wanted.items():
-            if key not in self.partitions:
-                self._begin(key, following)
+        failed: dict[str, TierError] = {}  # other tables may have other tiers
+        for key in sorted(wanted.keys() - self.partitions.keys()):
+            if key[0] not in failed:
+                self._begin(key, wanted[key], failed)
+        halted = [key for key, p in self.partitions.items() if not p.reads]
+        asked = {key: self._source.watermarks(*key)[1] for key in halted}
+        self.ends = {**self.ends, **asked}
+        for error in failed.values():
+            raise error
+
+    def note_ends(self) -> None:
+        """Note how far the partitions reach that are read."""
+        reading = [key for key, p in self.partitions.items() if p.reads]
+        seen = ((key, self._source.end(*key)) for key in reading)
+        known = {key: end for key, end in seen if end is not None}
+        self.ends = {k: e for k, e in self.ends.items() if k in self.partitions} | known
 
     def take(self, message: Message) -> None:
         """Take a message up; what cannot be applied is counted and kept elsewhere."""
@@ -107,34 +147,57 @@ class Follower:
                 self._apply(key, partition)
         return len(ready)
 
-    def restart(self, key: PartitionId) -> None:
-        """Decide again where a partition goes on: messages before that are gone."""
-        partition = self.partitions.get(key)
-        if partition is not None:
+    def forget(self, key: PartitionId) -> None:
+        """Let the next ``look`` decide where a partition goes on."""
+        if key in self.partitions:
             self._drop(key)
-            self._begin(key, partition.following)
 
-    def pause(self, key: PartitionId) -> None:
-        """Apply nothing more of a partition."""
-        partition = self.partitions[key]
-        if partition.state is not StreamState.STOPPED:
-            self._halt(key, StreamState.PAUSED, "pause() was called")
+    def pause(self, topic: str | None) -> None:
+        """Apply nothing more of a topic, or of any, and of partitions to come."""
+        self._pauses.tell(topic, paused=True)
+        for key in self._of(topic):
+            if self.partitions[key].state is not StreamState.STOPPED:
+                self._halt(key, StreamState.PAUSED, _PAUSED)
 
-    def resume(self, key: PartitionId) -> None:
-        """Go on with a partition that was paused."""
-        partition = self.partitions[key]
-        if partition.state is StreamState.PAUSED:
-            partition.state, partition.reason = StreamState.READING, ""
-            self._source.assign(*key, partition.pending.position.offset)
+    def resume(self, topic: str | None) -> None:
+        """Go on with what was paused."""
+        self._pauses.tell(topic, paused=False)
+        for key in self._of(topic):
+            partition = self.partitions[key]
+            if partition.state is StreamState.PAUSED:
+                partition.state, partition.reason = StreamState.READING, ""
+                self._source.assign(*key, partition.pending.position.offset)
 
-    def seek(self, key: PartitionId, position: Position) -> None:
-        """Let the tiers and the source go on from a position."""
+    def seek(
+        self, topic: str, number: int | None, where: Callable[[str, int], int]
+    ) -> None:
+        """Let the tiers and the source go on from the offsets that ``where`` returns.
+
+        Raises
+        ------
+        UpdateSourceError
+            If there is no such partition, or ``where`` cannot tell.
+        TierError
+            If a tier cannot store the position.
+        """
+        self.look()
+        keys = [key for key in self._of(topic) if number in (None, key[1])]
+        if not keys:
+            which = topic if number is None else f"{topic}[{number}]"
+            raise UpdateSourceError(f"{which} is not followed, or is not there")
+        positions = {key: Position(where(*key)) for key in keys}
+        for key, position in positions.items():
+            self._seek(key, position)
+
+    def _seek(self, key: PartitionId, position: Position) -> None:
         partition = self.partitions[key]
-        paused = partition.state is StreamState.PAUSED
+        with partition.following.gate:
+            partition.following.seek(key[1], position)
         self._source.unassign(*key)
-        partition.following.seek(key[1], position)
         partition.pending.restart(position)
-        if not paused:
+        if self._pauses.holds(key[0]):
+            partition.state, partition.reason = StreamState.PAUSED, _PAUSED
+        else:
             partition.state, partition.reason = StreamState.READING, ""
             self._source.assign(*key, position.offset)
 
@@ -158,6 +221,7 @@ class Follower:
         except StreamGapError as gap:
             position = partition.rewind(gap)
             logger.warning("table=%s %s; reading again from %s", topic, gap, position)
+            partition.recover()
             self._source.seek(*key, position.offset)
         except (TierError, CacheError, DeviceError) as exc:
             if partition.state is not StreamState.RETRYING:
@@ -174,24 +238,34 @@ class Follower:
             if partition.recover():
                 self._source.resume(*key)
 
-    def _begin(self, key: PartitionId, following: Following) -> None:
-        """Read a partition from where the tiers are."""
+    def _begin(
+        self, key: PartitionId, following: Following, failed: dict[str, TierError]
+    ) -> None:
+        """Read a partition from where the tiers are, or note what failed."""
         topic, number = key
-        following.tell_lower_positions()
-        begin = self._source.begin(topic, number, following.stored(number))
-        if begin.reset:
-            following.counters.add(resets=1)
-            logger.error("table=%s partition=%d: %s", topic, number, begin.reason)
-            if begin.position is not None:
-                following.seek(number, begin.position)
+        try:
+            with following.gate:
+                place = places.begin(following, number, self._source)
+        except TierError as exc:
+            failed[topic] = exc
+            return
+        except (UnknownTableError, ClosedError):
+            return  # the model was removed meanwhile
         backoff_s = self._params.failure_backoff_ms / 1e3
-        position = begin.position or Position(0)
+        position = place.position or Position(0)
         partition = Partition(following, number, position, backoff_s)
         self.partitions = {**self.partitions, key: partition}
-        if begin.position is None:
-            self._halt(key, StreamState.STOPPED, begin.reason)
+        if place.position is None:
+            self._halt(key, StreamState.STOPPED, place.reason)
+        elif self._pauses.holds(topic):
+            self._halt(key, StreamState.PAUSED, _PAUSED)
+
+    def _of(self, topic: str | None) -> list[PartitionId]:
+        return [key for key in self.partitions if topic in (None, key[0])]
 
     def _drop(self, key: PartitionId) -> None:
+        partition = self.partitions[key]
+        partition.following.reached[key[1]] = partition.pending.position
         self.partitions = {k: p for k, p in self.partitions.items() if k != key}
         self._source.unassign(*key)
 

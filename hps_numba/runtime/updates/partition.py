@@ -45,10 +45,12 @@ class Following:
         The table, and the gate of its model.
     into
         The tiers that the stream is written to.
-    counters
-        Of all partitions.
     key_bytes
         Width of the deployment's keys.
+    counters
+        Of all partitions.
+    reached
+        How far partitions came that are not read now, for tiers that store nothing.
     """
 
     table: Hierarchy
@@ -56,6 +58,7 @@ class Following:
     into: tuple[Tier, ...]
     key_bytes: KeyBytes
     counters: StreamCounters = field(default_factory=StreamCounters)
+    reached: dict[int, Position] = field(default_factory=dict)
 
     @property
     def topic(self) -> str:
@@ -71,17 +74,6 @@ class Following:
     def value_sizes(self) -> tuple[int, ...]:
         """Bytes of a row in a frame: as the table stores it, or float32."""
         return self.table.spec.row_bytes, self.table.spec.dim * 4
-
-    def stored(self, partition: int) -> Position | None:
-        """Return from where on a tier lacks records; None if from the beginning."""
-        least: Position | None = None
-        for i, tier in enumerate(self.lasting):
-            position = tier.positions(self.topic).get(partition)
-            if position is None and i == 0:
-                return None  # an upper tier takes up the stream wherever it begins
-            if position is not None:
-                least = position if least is None else min(least, position)
-        return least
 
     def tell_lower_positions(self) -> None:
         """Let tiers that servers share know how far the tiers below them are."""

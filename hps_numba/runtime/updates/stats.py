@@ -62,7 +62,7 @@ class StreamStats:
         """Messages that are not applied; None if the end is not known."""
         lags = [p.lag for p in self.partitions]
         known = [lag for lag in lags if lag is not None]
-        return sum(known) if len(known) == len(lags) else None
+        return sum(known) if known and len(known) == len(lags) else None
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,12 @@ class Subscriptions:
         A table keeps its ``Following`` as long as it is served.
         """
         tables = {t.spec.tag: (t, m.gate) for m in self._served() for t in m.tables}
+        # Also of topics that are not there now: they may come back.
+        self._known = {
+            topic: known
+            for topic, known in self._known.items()
+            if topic in tables and known.table is tables[topic][0]
+        }
         followed: dict[str, Following] = {}
         unknown: list[str] = []
         for topic in sorted(topics):
@@ -95,10 +101,8 @@ class Subscriptions:
             if into and topic not in tables:
                 unknown.append(topic)
             elif into:
-                table, gate = tables[topic]
-                known = self._known.get(topic)
-                if known is None or known.table is not table:
-                    known = Following(table, gate, into, self._key_bytes)
-                followed[topic] = known
-        self._known = followed
+                if topic not in self._known:
+                    following = Following(*tables[topic], into, self._key_bytes)
+                    self._known[topic] = following
+                followed[topic] = self._known[topic]
         return Followed(followed, tuple(unknown))
