@@ -60,8 +60,9 @@ def consumer_settings(params: UpdateSourceParams, group: str) -> dict[str, Any]:
         "message.max.bytes": largest,
         "fetch.message.max.bytes": max(largest, _FETCH_BYTES),
         "fetch.max.bytes": max(largest, 16 << 20),
-        # Until it ends, a fetch that finds nothing delays what else is asked for.
-        "fetch.wait.max.ms": 100,
+        # Not every broker ends a fetch that waits when a message comes; and until it
+        # ends, it delays partitions that are assigned.
+        "fetch.wait.max.ms": 20,
         # By default, a queue that was full is filled again a second later.
         "fetch.queue.backoff.ms": 10,
         "queued.max.messages.kbytes": 64 << 10,
