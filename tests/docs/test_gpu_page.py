@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -168,17 +167,3 @@ def test_the_report_knows_every_marker_of_the_page():
     markers = [match[2] for match in MARKED.finditer(PAGE)]
     assert "query" in markers
     assert set(markers) <= set(SECTIONS)
-
-
-def test_excerpts_are_in_their_examples():
-    excerpts = re.findall(
-        r"^<!-- from (\S+) -->\n```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE
-    )
-    assert len(excerpts) >= 5
-    for path, text in excerpts:
-        example = (ROOT / path).read_text()
-        indented = [
-            "".join(" " * n + line for line in text.splitlines(keepends=True))
-            for n in range(0, 20, 4)
-        ]
-        assert any(one in example for one in indented), text

@@ -11,7 +11,13 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+try:
+    from confluent_kafka import KafkaError, KafkaException, Message, Producer
+except ModuleNotFoundError as exc:
+    raise ModuleNotFoundError(
+        'publishing updates needs confluent-kafka; pip install "hps-numba[kafka]"',
+        name=exc.name,
+    ) from exc
 
 from hps_numba.errors import ConfigError, UpdateSourceError
 from hps_numba.runtime.updates.frames import DELETE
