@@ -276,6 +276,40 @@ def test_a_server_that_catches_up_backfills_again(server: RedisServer) -> None:
         assert backfilled(3, behind.epoch(TAG)) == KEYS.size
 
 
+def test_a_server_that_was_sought_back_backfills_when_it_has_caught_up(
+    server: RedisServer,
+) -> None:
+    with opened(server) as tier, opened(server) as other:
+        for n in range(3):
+            apply(tier, n + 1, n)
+        tier.seek(TAG, {STREAM: Position(1)})
+        assert other.positions(TAG) == {STREAM: Position(1)}
+        again = StreamSpan(STREAM, Position(1), Position(3))
+        other.apply(TAG, KEYS, rows_at(KEYS, 3), again)
+        other.evict(TAG)
+        for since in (1, 2):
+            stale: Any = tier.epoch(TAG)
+            assert tier.backfill(TAG, KEYS, rows_at(KEYS, 1), stale) == 0
+            assert tier.backfill(TAG, KEYS, rows_at(KEYS, 1), tier.epoch(TAG)) == 0
+            assert apply(tier, since + 1, since) == 0
+        token = tier.epoch(TAG)
+        assert tier.backfill(TAG, KEYS, rows_at(KEYS, 3), token) == KEYS.size
+
+
+def test_a_span_that_failed_refuses_backfills_that_began_before(
+    server: RedisServer,
+) -> None:
+    with opened(server) as tier:
+        tier.seek(TAG, {STREAM: Position(0)})
+        before = tier.epoch(TAG)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_after(0, patch)
+            with pytest.raises(Killed):
+                apply(tier, 2, 0)
+        assert tier.backfill(TAG, KEYS, rows_at(KEYS, 1), before) == 0
+        assert apply(tier, 2, 0) == KEYS.size
+
+
 def test_updates_need_no_positions(server: RedisServer) -> None:
     with opened(server) as tier, opened(server) as other:
         apply(tier, 1, 0)

@@ -95,6 +95,14 @@ def test_where_the_lower_tier_is_may_be_set_backwards() -> None:
     assert tokens.all() == (1,)
 
 
+def test_a_smaller_number_takes_no_token_away() -> None:
+    """A replica that took over may give one; the script then sees what was lost."""
+    tokens = Tokens(1)
+    tokens.see(0, 9, {})
+    tokens.see(0, 8, {})
+    assert tokens.all() == (9,)
+
+
 def test_a_partition_without_a_stream_gives_tokens_at_once() -> None:
     tokens = Tokens(2)
     tokens.see(1, 7, {})
