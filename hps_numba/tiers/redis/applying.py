@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hps_numba.errors import StreamGapError, TierUnavailableError
-from hps_numba.tiers.redis.bodies import Bodies, Piece
+from hps_numba.tiers.redis.bodies import Bodies, Piece, Work
 from hps_numba.tiers.redis.errors import map_exceptions
 from hps_numba.tiers.redis.exchange import Unit
 from hps_numba.tiers.redis.stream_scripts import APPLY, GAP, SEEK, WRITTEN
@@ -51,31 +51,13 @@ class Applier:
             If not all answered.
         """
         work = work_on(table, keys, rows, whole=True)
-        layout, bodies = table.layout, Bodies(work)
-        use = table.use()
-        counts = table.limited and rows is not None
+        bodies = Bodies(work)
         written = 0
         lacking: list[Position] = []
 
         def build(piece: Piece) -> Unit:
             p, low, high = piece
-            names = [layout.stamps_key(p), layout.rows_key(p)]
-            names += [layout.uses_key(p)] if use is not None else []
-            command = bodies.command(
-                piece,
-                b"EVAL",
-                APPLY,
-                len(names),
-                *names,
-                span.partition,
-                str(span.since),
-                str(span.until),
-                buckets_to_stamp(work.keys[work.order[low:high]]),
-                b"drop" if rows is None else b"put",
-                b"" if layout.has_hashes else layout.prefixes[p],
-                use or b"",
-                int(counts),
-            )
+            command = bodies.command(piece, *_arguments(work, piece, span))
             return Unit(p, [command], 1, low, high)
 
         def settle(unit: Unit) -> None:
@@ -84,7 +66,7 @@ class Applier:
             table.see_locked(unit.partition, seen)
             if done == WRITTEN:
                 written += unit.high - unit.low
-                if counts:
+                if _counts(work):
                     table.see_rows_locked(unit.partition, n_rows, unit.high - unit.low)
             elif done == GAP:
                 lacking.append(Position(*parsed(seen[1])[span.partition]))
@@ -123,6 +105,34 @@ class Applier:
         with map_exceptions(table.spec.tag):
             for p in range(table.layout.n_partitions):
                 self._topology.client.eval(SEEK, 1, table.layout.stamps_key(p), *given)
+
+
+def _arguments(work: Work, piece: Piece, span: StreamSpan) -> list[bytes | str | int]:
+    """Return the arguments of the script for a piece, up to its keys."""
+    p, low, high = piece
+    table, layout = work.table, work.table.layout
+    use = table.use()
+    names = [layout.stamps_key(p), layout.rows_key(p)]
+    names += [layout.uses_key(p)] if use is not None else []
+    return [
+        b"EVAL",
+        APPLY,
+        len(names),
+        *names,
+        span.partition,
+        str(span.since),
+        str(span.until),
+        buckets_to_stamp(work.keys[work.order[low:high]]),
+        b"drop" if work.rows is None else b"put",
+        b"" if layout.has_hashes else layout.prefixes[p],
+        use or b"",
+        int(_counts(work)),
+    ]
+
+
+def _counts(work: Work) -> bool:
+    """Whether partitions may become too large, so that their rows are counted."""
+    return work.table.limited and work.rows is not None
 
 
 def _gap(table: RedisTable, span: StreamSpan, known: Position) -> StreamGapError:
