@@ -305,6 +305,15 @@ class LastingTier(Tier):
     def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
         """Set positions, forwards or backwards; rows stay as they are."""
 
+    def begin_stream(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Set the positions of partitions of the stream that have none.
+
+        To be called before the first ``apply``: a tier that was not reached by it, or
+        only in parts, is known to lack it then.
+        """
+        known = self.positions(tag)
+        self.seek(tag, {p: at for p, at in positions.items() if p not in known})
+
     def lower_positions(self, tag: str, positions: Mapping[int, Position]) -> None:
         """Note how far the tier below has the table's update stream.
 

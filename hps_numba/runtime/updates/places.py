@@ -6,7 +6,7 @@ import logging
 
 from hps_numba.runtime.updates.partition import Following
 from hps_numba.runtime.updates.source import Begin, KafkaSource
-from hps_numba.tiers.base import LastingTier, PersistentTier
+from hps_numba.tiers.base import LastingTier
 from hps_numba.types import Position
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ def begin(following: Following, number: int, source: KafkaSource) -> Begin:
         places.append(place)
     least = min(places, key=_position)
     position = _position(least)
-    bottom, stored = _stored(following, number)[0]
-    if stored is None and isinstance(bottom, PersistentTier):
-        # It is kept even if nothing comes before the next start.
-        bottom.seek(topic, {number: position})
+    for tier in following.lasting:
+        # Before anything is applied, or a tier that the first span did not reach would
+        # take up the stream behind it.
+        tier.begin_stream(topic, {number: position})
     following.tell_lower_positions()
     source.seek(topic, number, position.offset)
     return least

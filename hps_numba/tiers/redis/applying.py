@@ -96,12 +96,16 @@ class Applier:
                     least[partition] = min(at, least.get(partition, at))
         return {partition: Position(*at) for partition, at in least.items()}
 
-    def seek(self, table: RedisTable, positions: Mapping[int, Position]) -> None:
-        """Set positions in all partitions."""
+    def seek(
+        self, table: RedisTable, positions: Mapping[int, Position], *, new: bool
+    ) -> None:
+        """Set positions in all partitions; where ``new``, only in those without."""
         if not positions:
             return
-        given = [str(word) for pair in positions.items() for word in pair]
-        table.tokens.seek(positions)
+        given = ["new" if new else "all"]
+        given += [str(word) for pair in positions.items() for word in pair]
+        if not new:
+            table.tokens.seek(positions)
         with map_exceptions(table.spec.tag):
             for p in range(table.layout.n_partitions):
                 self._topology.client.eval(SEEK, 1, table.layout.stamps_key(p), *given)

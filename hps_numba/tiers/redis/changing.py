@@ -58,10 +58,12 @@ class Changer:
             finally:
                 table.stamps.commit(keys)
 
-    def seek(self, table: RedisTable, positions: Mapping[int, Position]) -> None:
+    def seek(
+        self, table: RedisTable, positions: Mapping[int, Position], *, new: bool
+    ) -> None:
         """Set positions in the update stream, for all servers."""
         with table.lock:
-            self._applier.seek(table, positions)
+            self._applier.seek(table, positions, new=new)
 
     def put(self, table: RedisTable, keys: Keys, rows: Rows) -> None:
         """Put rows of a load, whose lease refuses backfills."""

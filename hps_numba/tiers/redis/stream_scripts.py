@@ -93,9 +93,14 @@ SEEK = (
     + """
 if redis.call('HEXISTS', KEYS[1], 'epoch') == 0 then restart(KEYS[1], 0) end
 local stream = redis.call('HGET', KEYS[1], 'stream') or ''
-for i = 1, #ARGV, 2 do stream = place(stream, ARGV[i], ARGV[i + 1]) end
+for i = 2, #ARGV, 2 do
+  if ARGV[1] == 'all' or not string.find(stream, ' ' .. ARGV[i] .. '=', 1, true) then
+    stream = place(stream, ARGV[i], ARGV[i + 1])
+  end
+end
 redis.call('HSET', KEYS[1], 'stream', stream)
 return seen(KEYS[1], number(redis.call('HGET', KEYS[1], 'epoch')))
 """
 )
-"""Set positions. KEYS: stamps; ARGV: partitions of the stream and their positions."""
+"""Set positions. KEYS: stamps; ARGV: ``all``, or ``new`` to set only those that are not
+there; partitions of the stream and their positions."""

@@ -176,9 +176,8 @@ class RedisTier(LastingTier):
     def apply(self, tag: str, keys: Keys, rows: Rows | None, span: StreamSpan) -> int:
         """Write a span, partition by partition; any number of servers may do so."""
         with self._using(tag) as table:
-            if rows is None:
-                check_keys(table.spec, keys)
-            else:
+            check_keys(table.spec, keys)
+            if rows is not None:
                 check_rows(table.spec, keys, rows)
             return self._changer.apply(table, keys, rows, span)
 
@@ -190,7 +189,12 @@ class RedisTier(LastingTier):
     def seek(self, tag: str, positions: Mapping[int, Position]) -> None:
         """Set positions for all servers."""
         with self._using(tag) as table:
-            self._changer.seek(table, positions)
+            self._changer.seek(table, positions, new=False)
+
+    def begin_stream(self, tag: str, positions: Mapping[int, Position]) -> None:
+        """Set positions for all servers, in those partitions that have none."""
+        with self._using(tag) as table:
+            self._changer.seek(table, positions, new=True)
 
     def lower_positions(self, tag: str, positions: Mapping[int, Position]) -> None:
         """Note where the tier below is in the update stream."""
@@ -242,11 +246,9 @@ class RedisTier(LastingTier):
             entry = self._registry.entry(tag)
             return None if entry is None else entry.fingerprint
 
-    @contextmanager
-    def loading(self, tag: str) -> Iterator[None]:
+    def loading(self, tag: str) -> AbstractContextManager[None]:
         """Let no other server load the table while the context lasts."""
-        with self._registry.loading(self._table(tag).spec):
-            yield
+        return self._registry.loading(self._table(tag).spec)
 
     def epoch(self, tag: str) -> Epoch:
         """Return the table's update epoch here, and as last seen in Redis."""

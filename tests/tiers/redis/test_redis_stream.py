@@ -310,6 +310,31 @@ def test_a_span_that_failed_refuses_backfills_that_began_before(
         assert apply(tier, 2, 0) == KEYS.size
 
 
+def test_a_first_span_that_failed_halfway_is_not_taken_for_applied(
+    server: RedisServer,
+) -> None:
+    with opened(server) as tier:
+        tier.begin_stream(TAG, {STREAM: Position(0)})
+        with pytest.MonkeyPatch.context() as patch:
+            killed_after(1, patch)
+            with pytest.raises(Killed):
+                apply(tier, 2, 0)
+        assert tier.positions(TAG) == {STREAM: Position(0)}
+        assert 0 < apply(tier, 2, 0) < KEYS.size
+        assert versions_in(tier) == {2}
+
+
+def test_a_stream_begins_only_where_it_has_not_begun(server: RedisServer) -> None:
+    with opened(server) as tier, server.client() as client:
+        apply(tier, 2, 1)
+        tier.begin_stream(TAG, {STREAM: Position(1), 1: Position(7)})
+        assert tier.positions(TAG) == {STREAM: Position(2), 1: Position(7)}
+        set_position(client, 0, "")
+        tier.begin_stream(TAG, {STREAM: Position(1)})
+        assert tier.positions(TAG)[STREAM] == Position(1)
+        assert 0 < apply(tier, 2, 1) < KEYS.size  # in that partition
+
+
 def test_updates_need_no_positions(server: RedisServer) -> None:
     with opened(server) as tier, opened(server) as other:
         apply(tier, 1, 0)
