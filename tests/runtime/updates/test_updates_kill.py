@@ -198,6 +198,10 @@ def check_tiling(spans: list[Span], ends: dict[int, Position], *, again: bool) -
         for span in (s for s in spans if s.partition == partition):
             assert again or span.since in may_be, f"{span} does not follow {may_be}"
             assert span.since <= max(may_be), f"records are missing before {span}"
+            assert span.since <= span.until, f"{span} ends before it begins"
+            if span.since.offset == span.until.offset:
+                n_records = span.until.record - span.since.record
+                assert span.n_keys <= n_records, f"{span} has others' records"
             after = {max(position, span.until) for position in may_be}
             if span.written is None:
                 may_be |= after
