@@ -80,8 +80,7 @@ def stream_apply(run: Run) -> Iterator[Result]:
                 _naive(broker, run.scratch / f"naive-{dim}", n_naive) as naive,
             ):
                 n_rows = _n_rows(run, table)
-                ours = _applying(served, table)
-                ours()()
+                ours = _applying(served, table, n_rows)
                 keys = np.arange(min(n_rows, 1000))
                 np.testing.assert_array_equal(
                     served.lookup(keys), table_rows(keys, dim)
@@ -101,7 +100,7 @@ def stream_lookups(run: Run) -> Iterator[Result]:
     """Compare the p99 of lookups while updates flow with that while none do."""
     sizes = run.sizes
     table = spec(32 if 32 in sizes.dims else sizes.dims[0])
-    n_keys = sizes.stream_rows
+    n_keys = _n_rows(run, table)
     with _broker(run, table) as broker:
         _publish_packed(run, broker, table)
         path = run.scratch / "stream-lookups"
@@ -113,7 +112,7 @@ def stream_lookups(run: Run) -> Iterator[Result]:
                 broker.bootstrap, table, n_keys, sizes.stream_rows_per_s
             ) as trainer,
         ):
-            assert served.server.updates.catch_up(_PATIENCE_S)
+            _applying(served, table, _n_rows(run, table))
             rng = np.random.default_rng(SEED)
 
             def phase(*, flows: bool) -> Callable[[], float]:
@@ -274,26 +273,42 @@ def _decoder(table: TableSpec) -> Callable[[Message], object]:
     return each
 
 
-def _applying(served: Served, table: TableSpec) -> Setup:
+def _applying(served: Served, table: TableSpec, n_rows: int) -> Setup:
     """Time a server that applies its whole stream again."""
+    updates = served.server.updates
+
+    def applied() -> int:
+        stream = updates.stats().stream(table.model, table.name)
+        return stream.rows if stream else 0
 
     def setup() -> Call:
-        updates = served.server.updates
-        assert updates.catch_up(_PATIENCE_S)
-
         def call() -> None:
+            end = applied() + n_rows
             updates.seek(table.model, table.name, offset=0)
-            assert updates.catch_up(_PATIENCE_S)
+            while applied() < end:
+                time.sleep(0.001)
 
         return call
 
+    deadline = time.monotonic() + _PATIENCE_S
+    while applied() < n_rows:
+        assert time.monotonic() < deadline, "the stream was not applied"
+        time.sleep(0.01)
     return setup
 
 
 @contextmanager
 def _naive(broker: KafkaBroker, path: Path, n_rows: int) -> Iterator[Setup]:
     """Time one poll and one put for each row."""
-    consumer = Consumer({"bootstrap.servers": broker.bootstrap, "group.id": "naive"})
+    consumer = Consumer(
+        {
+            "bootstrap.servers": broker.bootstrap,
+            "group.id": "naive",
+            # As ours, since this broker does not wake a fetch that waits.
+            "fetch.wait.max.ms": 20,
+            "fetch.queue.backoff.ms": 10,
+        }
+    )
     options = Options(raw_mode=True)
     database = Rdict(str(path), options)
 

@@ -54,7 +54,7 @@ class Sizes:
     stream_partitions: int = 4
     stream_rows_per_s: int = 50_000
     stream_phase_s: float = 4.0
-    stream_lookup_keys: int = 4096
+    stream_lookup_keys: int = 1024 * 26  # a request of HPS's size
     three_tiers_keys: int = 400_000
     three_tiers_chunk: int = 10_000
     # Of rows in host memory, and in Redis.

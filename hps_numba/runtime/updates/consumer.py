@@ -258,8 +258,10 @@ class UpdateConsumer:
 
     def _ends(self) -> dict[PartitionId, int]:
         self._follower.look()
+        # Some brokers tell an end that is older than what they have sent.
         return {
-            key: self._source.watermarks(*key)[1] for key in self._follower.partitions
+            key: max(self._source.watermarks(*key)[1], self._source.end(*key) or 0)
+            for key in self._follower.partitions
         }
 
     def _note_ends(self) -> None:
