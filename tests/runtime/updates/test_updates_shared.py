@@ -74,11 +74,14 @@ def test_a_server_that_lags_writes_nothing_older(
         assert ahead.updates.catch_up(PATIENCE_S)
         seen = [versions(site, behind)]
         behind.updates.resume()
-        while places(site, behind) != places(site, ahead):
+
+        def alike() -> bool:
             assert site.equals(redis)  # never an older row, and none that was deleted
             assert site.equals(ahead)
             seen.append(versions(site, behind))
-        seen.append(versions(site, behind))
+            return places(site, behind) == places(site, ahead)
+
+        wait_for(alike, PATIENCE_S, what="the end of the lag")
         site.wait_equal(ahead, behind, redis)
         # What a server acknowledged itself it does not take back.
         for before, after in pairwise(seen):
@@ -123,8 +126,12 @@ def test_a_new_server_reads_all_and_moves_nothing_back(
             site.send(KEYS, version)
         site.wait_equal(old)
         with site.server("new", **shared) as new:
-            while places(site, new) != places(site, old):
+
+            def caught_up() -> bool:
                 assert site.equals(old)
+                return places(site, new) == places(site, old)
+
+            wait_for(caught_up, PATIENCE_S, what="all of the stream")
             assert site.stream(new).rows == 5 * KEYS.size
             assert not site.stream(new).resets
             site.wait_equal(old, new)
@@ -186,8 +193,12 @@ def test_a_topic_made_anew_is_noticed_by_the_server_that_comes_later(
         site.wait_equal(a)
         # Redis is in the new topic, and the server's own database in the old one.
         with site.server("b", **shared) as b:
-            while places(site, b) != places(site, a):
+
+            def caught_up() -> bool:
                 assert site.equals(a)
+                return places(site, b) == places(site, a)
+
+            wait_for(caught_up, PATIENCE_S, what="all of the new topic")
             assert site.stream(b).resets == 1
             assert "tier=rocksdb" in caplog.text
             site.send(KEYS[:1000], 8)
