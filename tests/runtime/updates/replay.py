@@ -96,6 +96,10 @@ class Replay(AbstractContextManager["Replay"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Read no more."""
         self._consumer.close()
 
     def __enter__(self) -> Self:

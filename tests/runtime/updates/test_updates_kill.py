@@ -265,25 +265,31 @@ class Deployment:
 
 
 class InRedis:
-    """Looks at a table in Redis: behind RocksDB perhaps, but never back in time."""
+    """Looks at a table in Redis: behind RocksDB perhaps, but never back in time.
 
-    def __init__(self, site: Deployment) -> None:
+    It has what its positions say, or newer rows, or none.
+    """
+
+    def __init__(self, site: Deployment, brokers: str) -> None:
         config = site.config.model_copy(
             update={"persistent_db": PersistentDatabaseParams()}
         )
         self.n_behind = 0  # keys that RocksDB had newer rows of
         self._tag = site.spec.tag
-        tier = open_stores(config).volatile
+        tier = open_stores(config).shared
         assert tier is not None
         self._tier = tier
         self._tier.open_table(site.spec)
+        self._replay = Replay(brokers, self._tag, PARTITIONS)
         self._versions: dict[int, float] = {}
 
     def look(self, in_rocksdb: dict[int, Row]) -> None:
-        """Compare with RocksDB, and with what was here before."""
+        """Compare with the stream, with RocksDB, and with what was here before."""
+        self._replay.advance(self._tier.positions(self._tag))
         for key, row in as_dict(self._tier.iterate(self._tag)).items():
             if key % 8 == 7:  # may be deleted
                 continue
+            assert self._replay.rows.get(key, (0, 0))[1] <= row[1]
             assert self._versions.get(key, 0) <= row[1] <= in_rocksdb[key][1]
             self.n_behind += row[1] < in_rocksdb[key][1]
             self._versions[key] = row[1]
@@ -293,6 +299,7 @@ class InRedis:
 
     def __exit__(self, *_: object) -> None:
         self._tier.close()
+        self._replay.close()
 
 
 def reached(server: HPS) -> dict[int, Position]:
@@ -390,7 +397,7 @@ def test_killed_servers_leave_redis_no_older_than_it_was(
             num_partitions=4,
             num_node_connections=2,
         )
-        with InRedis(site) as redis:
+        with InRedis(site, broker.bootstrap) as redis:
             held, counts = check_killed(site, broker.bootstrap, n_kills, redis)
         line = f"{line_of(counts)} keys that were behind={redis.n_behind}"
         report(f"{n_kills} kills over Redis: {line}")
