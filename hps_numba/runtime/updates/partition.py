@@ -204,5 +204,7 @@ class Partition:
     def stats(self, end: int | None) -> PartitionStats:
         """Return the state; ``end`` is the offset after the last message."""
         position = self.pending.position
-        lag = None if end is None else max(end - position.offset, 0)
+        if end is not None:
+            end = max(end, position.offset)  # it was seen a moment ago
+        lag = None if end is None else end - position.offset
         return PartitionStats(self.number, self.state, self.reason, position, end, lag)

@@ -7,7 +7,6 @@ on is told with each assignment; what Kafka has stored is never asked for.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Mapping
 from time import monotonic
@@ -60,7 +59,7 @@ _PartitionId = tuple[str, int]  # topic and number
 
 
 class KafkaSource:
-    """Reads stream partitions. For one thread, but for ``end``.
+    """Reads stream partitions. For one thread.
 
     Parameters
     ----------
@@ -95,8 +94,7 @@ class KafkaSource:
         self._watch_s = 0.0
         self._told: set[TroubleKind] = set()  # since a broker answered
         self._n_commits = 0  # on their way
-        self._closing = threading.Lock()
-        self._closed = False  # guarded by _closing, for those of other threads
+        self._closed = False
 
     def topics(self) -> dict[str, tuple[int, ...]]:
         """Return the topics of tables, each with its partitions."""
@@ -134,13 +132,12 @@ class KafkaSource:
     def end(self, topic: str, partition: int) -> int | None:
         """Return the offset after the last message as of the last fetch, or None.
 
-        Asks nobody, and any thread may call it; None also after ``close``.
+        Asks nobody. None also after ``close``.
         """
-        with self._closing:
-            if self._closed:
-                return None
-            where = TopicPartition(topic, partition)
-            end = self._consumer.get_watermark_offsets(where, cached=True)[1]
+        if self._closed:
+            return None
+        where = TopicPartition(topic, partition)
+        end = self._consumer.get_watermark_offsets(where, cached=True)[1]
         return int(end) if end >= 0 else None
 
     def real_end(self, topic: str, partition: int) -> int:
@@ -260,11 +257,10 @@ class KafkaSource:
             self._consumer.poll(_LAST_COMMIT_S / 100)
         self._ready.clear()
         self._next.clear()
-        with self._closing:
-            self._closed = True
-            # Its own close() leaves the group, where we are not, and waits for commits
-            # as long as no broker takes them, be it forever. Its end does neither.
-            self._consumer = None
+        self._closed = True
+        # Its own close() leaves the group, where we are not, and waits for commits as
+        # long as no broker takes them, be it forever. Its end does neither.
+        self._consumer = None
 
     def _open(self) -> Any:
         if self._closed:

@@ -250,31 +250,6 @@ def test_a_closed_source_refuses_everything(
             call()
 
 
-def test_the_end_may_be_asked_for_while_the_source_closes(
-    mock: str, topic: str, new_source: NewSource
-) -> None:
-    fill(mock, topic, numbers(0, 10))
-    for _ in range(10):
-        source = new_source(mock)
-        source.assign(topic, 0, 0)
-        messages(source, 10)
-        seen: list[int | None] = []
-
-        def ask(source: KafkaSource = source, seen: list[int | None] = seen) -> None:
-            while True:
-                seen.append(source.end(topic, 0))
-                if seen[-1] is None:
-                    return
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        wait_for(lambda seen=seen: len(seen) > 100)
-        source.close()
-        asking.join(PATIENCE_S)
-        assert not asking.is_alive()
-        assert set(seen) == {10, None}
-
-
 # A commit that no broker takes must not hold up the end; one in three was on its way.
 @pytest.mark.parametrize("attempt", range(3))
 def test_a_source_closes_when_the_broker_is_gone(

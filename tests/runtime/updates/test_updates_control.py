@@ -206,6 +206,20 @@ def test_statistics_tell_how_far_the_stream_is(new_site: NewSite) -> None:
         site.wait_equal(server)  # the position is stored, so the latest is not meant
 
 
+# confluent-kafka lets the second thread inside a consumer wait with the interpreter's
+# lock, for which the first one waits: what is told must come from elsewhere.
+def test_statistics_are_told_while_streams_are_read(new_site: NewSite) -> None:
+    site = new_site()
+    with site.server() as server:
+        site.wait_followed(server)
+        for version in range(1, 21):
+            site.send(KEYS, version)
+            for _ in range(20):
+                server.stats()
+        site.wait_equal(server)
+        assert site.stream(server).rows == 20 * KEYS.size
+
+
 def test_close_ends_the_thread_and_what_comes_later_is_refused(
     new_site: NewSite,
 ) -> None:
