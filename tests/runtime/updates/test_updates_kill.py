@@ -335,17 +335,12 @@ def kill_and_compare(
 
 
 def check_killed(
-    site: Deployment,
-    brokers: str,
-    n_kills: int,
-    redis: InRedis | None = None,
+    site: Deployment, brokers: str, n_kills: int, redis: InRedis | None = None
 ) -> tuple[dict[str, dict[int, Row]], dict[str, int]]:
     """Kill servers and let one catch up; return what tiers have, and counts."""
     topic = site.spec.tag
-    with (
-        UpdateProducer(brokers) as producer,
-        Replay(brokers, topic, PARTITIONS) as replay,
-    ):
+    replaying = Replay(brokers, topic, PARTITIONS)
+    with UpdateProducer(brokers) as producer, replaying as replay:
         spans = kill_and_compare(site, producer, replay, n_kills, redis)
         stored, _ = site.in_rocksdb()
         ends = mark_ends(brokers, topic, PARTITIONS)
