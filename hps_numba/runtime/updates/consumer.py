@@ -42,6 +42,7 @@ _T = TypeVar("_T")
 POLL_S = 0.05  # for a first message; commands wait no longer
 GATHER_S = 0.1  # for more of them
 GATHER_BYTES = 32 << 20
+REST_S = 0.02  # from applying to applying again, unless enough has come
 COMMIT_S = 1.0
 ENDS_S = 0.1  # between two looks at how far the partitions reach
 LOOK_AGAIN_S = 1.0  # after a broker or a tier did not answer
@@ -81,6 +82,7 @@ class UpdateConsumer:
         self._look_s = 0.0  # when topics are looked for
         self._commit_every = params.max_commit_interval
         self._ends_s = self._commit_s = 0.0
+        self._rest_s = 0.0  # until when messages are gathered rather than applied
         self._uncommitted = 0  # messages
         self._connected = False
         self._progress = threading.Condition()
@@ -187,6 +189,7 @@ class UpdateConsumer:
                     self._look()
                 self._read()
                 if self._follower.apply():
+                    self._rest_s = monotonic() + REST_S
                     with self._progress:
                         self._progress.notify_all()
                 self._note_ends()
@@ -242,7 +245,8 @@ class UpdateConsumer:
                 n_bytes += len(event.value or b"")
             if n_bytes >= GATHER_BYTES or monotonic() >= end_s:
                 return
-            event = self._source.poll(0.0)
+            # Applying a few rows costs lookups as much as applying some hundred.
+            event = self._source.poll(max(self._rest_s - monotonic(), 0.0))
 
     def _handle(self, trouble: Trouble) -> None:
         if trouble.kind is TroubleKind.OUT_OF_RANGE:
