@@ -349,7 +349,7 @@ class UpdateSourceParams(ConfigModel):
         "seek() says where.",
     )
     burst_rows: Size = own(
-        65_536,
+        16_384,
         "Rows of a partition that wait, from which on they are applied as one burst. "
         "0: never.",
     )

@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 POLL_S = 0.05  # for a first message; commands wait no longer
 GATHER_S = 0.1  # for more of them
-GATHER_BYTES = 32 << 20
+GATHER_BYTES = 64 << 20
 REST_S = 0.02  # from applying to applying again, unless enough has come
 COMMIT_S = 1.0
 ENDS_S = 0.1  # between two looks at how far the partitions reach
