@@ -204,7 +204,7 @@ def test_defaults_are_those_of_hugectr(tmp_path: Path) -> None:
         "max_commit_interval": 32,
         "initial_offset": "earliest",
         "offset_reset": "earliest",
-        "burst_rows": 65_536,
+        "burst_rows": 16_384,
         "dead_letter_file": None,
         "dead_letter_topic": None,
         "kafka": {},
