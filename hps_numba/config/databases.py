@@ -324,7 +324,8 @@ class UpdateSourceParams(ConfigModel):
         30_000, description="How often new topics are looked for, in ms."
     )
     receive_buffer_size: Annotated[int, Field(ge=1024, le=MAX_SIZE)] = Field(
-        262_144, description="Largest message, in bytes, less 1024."
+        262_144,
+        description="What a fetch asks for, in bytes; larger messages come alone.",
     )
     poll_timeout_ms: Size = idle(500, "rows never wait for a batch to fill")
     max_batch_size: Count = idle(

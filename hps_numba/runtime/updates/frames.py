@@ -46,8 +46,6 @@ class BadFrame(str, Enum):
     TRUNCATED = "truncated"
     VALUE_SIZE = "value_size"
     KEY_WIDTH = "key_width"
-    UNKNOWN_TABLE = "unknown_table"
-    OVERSIZED = "oversized"
 
 
 class FrameError(UpdateError):
