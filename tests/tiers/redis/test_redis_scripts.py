@@ -261,7 +261,7 @@ class Partition:
     def seek(self, positions: dict[int, Position]) -> None:
         """Run SEEK."""
         argv = [str(word) for pair in positions.items() for word in pair]
-        seen = self._client.eval(SEEK, 1, STAMPS, *argv)
+        seen = self._client.eval(SEEK, 1, STAMPS, "all", *argv)
         self.oracle.stream |= positions
         given = self._told(seen)
         if not self.oracle.epoch:

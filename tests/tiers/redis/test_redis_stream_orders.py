@@ -213,7 +213,8 @@ class PositionsLater(Followers):
             without(SETS)(patch)
             super().write(name, rows, given)
         self._stage.point(f"{name}.redis.position")
-        self._stage.client.eval(SEEK, 1, STAMPS, given.partition, str(given.until))
+        place = (given.partition, str(given.until))
+        self._stage.client.eval(SEEK, 1, STAMPS, "all", *place)
 
 
 class PositionsEarlier(Followers):
