@@ -41,9 +41,8 @@ class TableWriter:
     handed to a lookup that begins after the write was acknowledged.
 
     Once one lookup below the caches returned the new row, none that begins later
-    returns an old one: an update evicts its keys from upper tiers before it writes; a
-    stream does not, and a lookup that read its keys from a lower tier waits until it
-    has written the upper ones.
+    returns an old one: a lookup that read keys of a change from a lower tier waits
+    until upper tiers have it, and flights that began before are off the register.
     """
 
     def __init__(
@@ -196,7 +195,8 @@ class TableWriter:
                 part = slice(low, low + step)
                 try:
                     change = Change(keys[part], None if rows is None else rows[part])
-                    self._write_part(change)
+                    with self._announced(keys[part]):
+                        self._write_part(change)
                 except (TierError, CacheError, DeviceError) as exc:
                     raise UpdateError(
                         f"table {self.spec.tag}: {low} of {keys.size} keys were "

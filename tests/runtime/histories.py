@@ -84,7 +84,8 @@ class Stage:
     hierarchy, register, queue
         Parts to use, such as ones with a planted fault.
     streams
-        Whether what an update stream does has stop points of its own.
+        Whether changes that are announced have stop points of their own, and lookups
+        wait for them.
     """
 
     def __init__(
@@ -116,6 +117,8 @@ class Stage:
         self.table._in_flight = self.register
         if streams:
             self._step_changes()
+        else:  # not even waiting is needed, with as few lookups as there are
+            self.table._wait_for_change = lambda keys: None  # type: ignore[method-assign]
 
     def _step_changes(self) -> None:
         """Stop where a stream announces a change, ends it, or is looked at."""
