@@ -176,7 +176,7 @@ CASES = [
     Case("lookup, two updates", lookup_two_updates),
     Case("lookup, update", lookup_update, ALL, warm=True),
     Case("lookup, update", lookup_update, streams=True),
-    Case("lookup, update", lookup_update, UPPER, streams=True),
+    Case("lookup, update", lookup_update, ALL, streams=True),
     Case("lookup, stream, evict", lookup_stream_evict, streams=True),
     Case("lookup, stream, evict", lookup_stream_evict, warm=True, streams=True),
     Case("two lookups, stream", two_lookups_stream, warm=True, streams=True),
