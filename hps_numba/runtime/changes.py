@@ -63,5 +63,6 @@ class StreamChange(Change):
             return newest
         if isinstance(tier, LastingTier):
             rows = self.rows if newest else None
-            return tier.apply(tag, self.keys, rows, self.span) == self.keys.size
+            written = tier.apply(tag, self.keys, rows, self.span)
+            return newest and written == self.keys.size
         return super().write(tier, tag, newest=newest) if newest else False
